@@ -1,0 +1,40 @@
+# Each target does its own set-up: a fresh machine needs Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench lint docs fastapi-suite lower clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m examples.sse_chat
+
+test: lint $(VENV)/.installed
+	$(BIN)/python scripts/test.py
+	$(MAKE) fastapi-suite lower
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+# FastAPI's own tests, with and without CancellableRoute as the default: no new failure.
+fastapi-suite: $(VENV)/.installed
+	$(BIN)/python scripts/fastapi_suite.py
+
+# The oldest versions that we promise to work with.
+lower: $(VENV)/.installed
+	$(BIN)/python scripts/lower.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+$(VENV)/.installed: pyproject.toml requirements-dev.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* .build dist

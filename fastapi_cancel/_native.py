@@ -1,0 +1,118 @@
+"""The ladder on asyncio, where no AnyIO scope surrounds the work: ``Task.cancel`` delivers once by itself.
+
+This is the fast way. It needs no cancel scope, so a handler that never waits pays for none. The only
+thing that asyncio cannot tell is whether the work sits inside an AnyIO shield; that is the one look
+into AnyIO's asyncio backend which this library takes. Without it, :mod:`._scoped` serves everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from starlette.types import Scope
+
+from .ladder import FORCE, Ladder
+from .policy import CancelPolicy
+
+try:
+    from anyio._backends import _asyncio as _anyio
+
+    _states: Any = _anyio._task_states
+except (ImportError, AttributeError):  # a later AnyIO: `has_scope` then sends everything the AnyIO way
+    _states = None
+
+
+def has_scope(task: asyncio.Task[Any]) -> bool:
+    """Whether ``task`` runs inside an AnyIO cancel scope, as far as can be told."""
+    if _states is None:
+        return True
+    state = _states.get(task)
+    return state is not None and state.cancel_scope is not None
+
+
+def is_shielded(task: asyncio.Task[Any]) -> bool:
+    """Whether an AnyIO shield is between ``task`` and the outside."""
+    state = _states.get(task)
+    scope = state and state.cancel_scope
+    while scope is not None:
+        if scope.shield:
+            return True
+        scope = scope._parent_scope
+    return False
+
+
+# Started eagerly, a watcher reads what is there already without a turn of the loop.
+_start_task: Any = asyncio.Task if sys.version_info < (3, 12) else partial(asyncio.Task, eager_start=True)
+
+
+class NativeLadder(Ladder):
+    """Delivers by ``Task.cancel``, and takes its requests back by ``Task.uncancel``."""
+
+    _requests = 0
+    _helpers: tuple[asyncio.Task[None], ...] = ()
+
+    def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
+        super().__init__(policy, scope)
+        self._task = task
+        self._cancelling = task.cancelling()
+
+    def _swallows(self, exc: BaseException) -> bool:
+        return isinstance(exc, asyncio.CancelledError) and self._requests > 0 and not self._take_back()
+
+    def _end(self) -> None:
+        super()._end()
+        if self._requests:
+            self._take_back()
+        # Not awaited: that would cost every request a turn of the loop. They end in the next one.
+        for helper in self._helpers:
+            helper.cancel()
+        self._helpers = ()
+
+    def _take_back(self) -> bool:
+        """Whether somebody else's request to cancel remains."""
+        while self._requests and self._task.cancelling() > self._cancelling:
+            self._requests -= 1
+            self._task.uncancel()
+        return self._task.cancelling() > self._cancelling
+
+    def _deliver(self) -> bool:
+        task = self._task
+        if task.cancelling() > self._cancelling or not self._can_take():
+            return False
+        self._request()
+        return True
+
+    def _force(self) -> None:
+        if self._can_take():
+            self._request()
+
+    def _can_take(self) -> bool:
+        waiting_for = self._waiting_for
+        if isinstance(waiting_for, asyncio.Future) and waiting_for.done():
+            return False
+        return not self.in_host() and not is_shielded(self._task)
+
+    def _request(self) -> None:
+        self._requests += 1
+        self._task.cancel()
+
+    def in_host(self) -> bool:
+        return asyncio.current_task() is self._task
+
+    def _watch_soon(self) -> None:
+        # Two turns later, so that a wait that is over at once (`sleep(0)`, a full queue) costs no watcher.
+        call_soon = self._task.get_loop().call_soon
+        call_soon(call_soon, self._start_watching)
+
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._helpers += (_start_task(function(), loop=self._task.get_loop()),)
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
+        return self._task.get_loop().call_later(seconds, function)
+
+    def _call_soon(self, function: Callable[[], object]) -> None:
+        self._task.get_loop().call_soon(function)

@@ -1,0 +1,236 @@
+"""The channel: one request's ``receive`` and ``send``, and the one reader of the first.
+
+Theory of operation
+===================
+
+**Reading.** Only ``_read`` calls the server's ``receive``, and never twice at a time (``_reading``). It
+is called by one of two:
+
+- the *application*, when it asks for a message while the body is not complete and nobody is reading.
+  The usual request body, which came with its headers, costs nothing extra this way;
+- the *watcher*, a helper of the ladder. It is started by the work's first wait that is not itself such
+  a read, keeps at most one message (``_ahead``) for the application, and stops while that is a piece of
+  an unfinished body: back-pressure stays with the server. The work's next wait starts it again.
+
+Once the body is complete, only the watcher reads, so that a peek (``request.is_disconnected()`` asks
+under a cancelled scope) never cancels the server's ``receive``: Hypercorn and Daphne deliver
+http.disconnect once, and it must not be lost.
+
+With ``Expect: 100-continue`` reading invites the body (uvicorn sends the 100 from ``receive``), so the
+watcher waits until the application has asked for it, or has started its response.
+
+**The input** moves one way: open → (body complete) → ended. It ends by http.disconnect or by an
+``OSError``. Any other exception of ``receive`` belongs to whoever reads: FastAPI's body limit raises
+its 413 there. If the watcher meets it, it is kept (``_error``) for the application's next read.
+
+**The output** moves one way: nothing → started → completed. ``gone`` means that nothing more may be sent.
+
+Races, and why each is harmless:
+
+- *http.disconnect while the last message is going out*: uvicorn answers it as soon as the response is
+  complete. ``_finishing`` is set before that message is handed on, so it is read as the end it is.
+- *the client leaves while the application waits for the watcher's message*: it is woken first and
+  signalled second, so the disconnect that it is handed is its one interruption.
+- *two tasks of the application read at once*: the second waits for the first one's news.
+- *the application's own read is cancelled*: nothing was taken; the next reader goes on.
+"""
+
+from __future__ import annotations
+
+import time
+import anyio
+from starlette.types import Message, Receive, Scope, Send
+
+from .exceptions import ClientGone
+from .ladder import Ladder, Timer
+
+CHECKPOINT_INTERVAL = 0.05  # seconds of streaming without giving way to the event loop
+
+
+class Channel:
+    """One request's ``receive`` and ``send``, as an ASGI 2.4 server gives them.
+
+    :param receive: the server's, or that of the middleware around
+    :param send: likewise
+    :param ladder: is told that the client has left, and that the response is complete
+    """
+
+    # Defaults live in the class: most requests never change most of them.
+    started = completed = gone = False
+    _ahead: Message | None = None
+    _error: Exception | None = None
+    _news: anyio.Event | None = None
+    _asked = _body_complete = _ended = _reading = False
+    _finishing = _trailers = False
+    _checkpoint_at = 0.0
+    _sending_since: float | None = None
+    _stall_timer: Timer | None = None
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder) -> None:
+        self._scope = scope
+        self._server_receive = receive
+        self._server_send = send
+        self._ladder = ladder
+        ladder.watch_with(self.watch)
+
+    # -- reading -----------------------------------------------------------------------------
+
+    async def receive(self) -> Message:
+        """The application's ``receive``. After the client has left: http.disconnect, at once and always."""
+        self._asked = True
+        while True:
+            if self._ahead is not None:
+                message, self._ahead = self._ahead, None
+                return message
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                self._ladder.settle()
+                return {"type": "http.disconnect"}
+            if self._reading or (self._body_complete and self.watch()):
+                await self._wait_for_news()
+            else:
+                message = await self._read()
+                if message["type"] != "http.disconnect":
+                    return message
+
+    def watch(self) -> bool:
+        """Start the watcher if it may read now.
+
+        :return: False: it may not yet, ask again
+        """
+        if self._ended or self._error is not None:
+            return True
+        if self._reading or (self._ahead is not None and not self._body_complete):
+            return False
+        if not self._asked and not self.started and _expects_continue(self._scope):
+            return False
+        self._reading = True
+        self._ladder.spawn(self._watch)
+        return True
+
+    async def _watch(self) -> None:
+        try:
+            while not self._ended:
+                message = await self._read()
+                if message["type"] != "http.disconnect":
+                    self._ahead = message
+                    if not self._body_complete:
+                        return self._ladder.unwatched()
+        except Exception as exc:
+            self._error = exc
+
+    async def _read(self) -> Message:
+        self._reading = True
+        try:
+            message = await self._server_receive()
+        except OSError:
+            message = {"type": "http.disconnect"}
+        except ExceptionGroup as group:  # BaseHTTPMiddleware receives inside a task group
+            if group.split(OSError)[1] is not None:
+                raise
+            message = {"type": "http.disconnect"}
+        finally:
+            self._reading = False
+            if self._news is not None:
+                self._news.set()
+                self._news = None
+        if message["type"] == "http.disconnect":
+            self._end()
+        elif not message.get("more_body", False):
+            self._body_complete = True
+        return message
+
+    def _end(self) -> None:
+        self._ended = True
+        if not self._finishing:
+            self.gone = True
+            self._ladder.signal("disconnect")
+
+    async def _wait_for_news(self) -> None:
+        if self._news is None:
+            self._news = anyio.Event()
+        await self._news.wait()
+
+    # -- sending -----------------------------------------------------------------------------
+
+    async def send(self, message: Message) -> None:
+        """The application's ``send``.
+
+        :raises ClientGone: the client has left, or does not read
+        """
+        kind = message["type"]
+        last = False
+        if kind == "http.response.body":
+            if message.get("more_body", False):
+                if (now := time.monotonic()) >= self._checkpoint_at:
+                    await self._give_way(now)
+            else:
+                last = not self._trailers
+        elif kind == "http.response.start":
+            if not self.gone:
+                self.started = True
+            self._trailers = message.get("trailers", False)
+        else:
+            last = kind == "http.response.pathsend" or (
+                kind == "http.response.trailers" and not message.get("more_trailers", False)
+            )
+        if self.gone:
+            self._ladder.settle()
+            raise ClientGone("the client has left")
+        self._finishing = last
+        patience = self._ladder.policy.send_timeout
+        try:
+            if patience is None:
+                await self._server_send(message)
+            else:
+                await self._send_within(patience, message)
+        except OSError as exc:
+            self._finishing = False
+            self._end()
+            self._ladder.settle()
+            raise ClientGone("the client has left") from exc
+        if last:
+            self.completed = True
+            self._ladder.complete()
+
+    async def _give_way(self, now: float) -> None:
+        # A producer that never waits would starve the loop where `send` does not wait either (Hypercorn).
+        if self._checkpoint_at:
+            await anyio.sleep(0)
+            now = time.monotonic()
+        self._checkpoint_at = now + CHECKPOINT_INTERVAL
+
+    async def _send_within(self, patience: float, message: Message) -> None:
+        self._sending_since = time.monotonic()
+        if self._stall_timer is None:
+            self._stall_timer = self._ladder.call_later(patience, self._check_stall)
+        try:
+            await self._server_send(message)
+        finally:
+            self._sending_since = None
+
+    def _check_stall(self) -> None:
+        # One timer at a time, moved on when it fires: sends are many, stalls are few.
+        self._stall_timer = None
+        patience = self._ladder.policy.send_timeout
+        if self._sending_since is None or patience is None:
+            return
+        left = self._sending_since + patience - time.monotonic()
+        if left > 0:
+            self._stall_timer = self._ladder.call_later(left, self._check_stall)
+        else:
+            self.gone = self._ladder.signal("stalled")
+
+    def close(self) -> None:
+        """The work has ended: whoever still holds on to ``receive`` is told so, no timer is left."""
+        self._ended = True
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+
+
+def _expects_continue(scope: Scope) -> bool:
+    for name, value in scope["headers"]:
+        if name == b"expect":
+            return bool(value.lower() == b"100-continue")
+    return False

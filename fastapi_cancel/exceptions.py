@@ -1,0 +1,42 @@
+"""What can go wrong, under one base class; and which endings are not worth a line in the log."""
+
+from __future__ import annotations
+
+from starlette.requests import ClientDisconnect
+
+
+class CancelError(Exception):
+    """Base class of every exception that this library raises itself."""
+
+
+class ClientGone(CancelError, OSError):
+    """Raised by ``send`` once the client has left or stopped reading.
+
+    It is an ``OSError`` because ASGI 2.4 says so (HTTP spec, "Disconnected Client"), so
+    Starlette's own responses recognise it.
+    """
+
+
+class RequestCancelled(CancelError):
+    """Raised by :meth:`CancelToken.raise_if_set` and at the chunk boundary of a stream.
+
+    :ivar cause: why the request ends early, e.g. ``"disconnect"``
+    """
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the request was cancelled: {cause}")
+        self.cause = cause
+
+
+class NotCancellable(CancelError, RuntimeError):
+    """A token was asked for on a route that nobody watches."""
+
+
+def is_quiet(exc: BaseException) -> bool:
+    """Whether ``exc`` says nothing but "the client left", however it is wrapped."""
+    if isinstance(exc, BaseExceptionGroup):
+        return all(is_quiet(each) for each in exc.exceptions)
+    if isinstance(exc, (ClientGone, RequestCancelled, ClientDisconnect)):
+        return True
+    # Starlette: "Caught handled exception, but response already started." from the real one.
+    return type(exc) is RuntimeError and exc.__cause__ is not None and is_quiet(exc.__cause__)

@@ -1,0 +1,301 @@
+"""The ladder: what happens to the work from a cause on.
+
+Theory of operation
+===================
+
+The *work* is one coroutine: the route, its dependencies and its response. It runs in the
+server's own task (the *host*), stepped by ``_drive``, which sees every future the work waits for.
+
+====== ================================================== =================================
+state  meaning                                            who moves it on
+====== ================================================== =================================
+RUN    nobody wants the work to end. With a cause and a   ``signal``; the grace timer;
+       grace the token is set, the timer runs             ``settle``; ``complete``
+DUE    the cancellation must be delivered, but the work   ``_attempt``, tried at once and
+       cannot take it yet                                 after every step of the work;
+                                                          ``settle``; ``complete``
+CLEAN  the work was interrupted, once: by our             the overdue timer;
+       cancellation, or by what its own ``send`` or       the end of the work
+       ``receive`` raised. Nothing interrupts its cleanup
+FORCE  the cleanup took too long: cancelled at each await the end of the work
+DONE   the response is complete, or the work has ended    nobody
+====== ================================================== =================================
+
+The work cannot take a cancellation while it
+
+- is inside an AnyIO shield, which includes waiting for a worker thread;
+- unwinds from somebody else's cancellation: its own timeout, or the server's;
+- has just been handed the result of its wait: cancelling now would lose that result
+  (a connection from a pool, say), so it is cancelled at its next wait;
+- is the very task that makes the signal.
+
+Each of these ends by a step of the work, so trying again after each step is enough; nothing polls.
+
+Races, and why each is harmless:
+
+- *a second cause*: ``signal`` takes the first and ignores the rest.
+- *the client leaves while the work unwinds from our own OSError*: whoever raises calls
+  ``settle`` first, so DUE never survives a raise.
+- *the last byte goes out while a cause arrives*: ``complete`` wins over DUE. The client has its answer.
+- *the server cancels natively during CLEAN*: it goes through to the work and out to the server,
+  untouched. We only take back (``uncancel``) what we requested ourselves.
+- *the server cancels in the same loop turn as we do*: asyncio folds both into one CancelledError.
+  ``Task.cancelling()`` still counts two; what is left after taking back ours is re-raised.
+
+Two rules for whoever edits this file. A subclass says only how an interruption is delivered, never
+when. And every path that interrupts the work goes through ``_interrupted``, once.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from types import coroutine
+from typing import Any, Protocol
+
+from starlette.types import Scope
+
+from .policy import Cause, CancelPolicy
+
+logger = logging.getLogger("fastapi_cancel")
+
+
+# Plain integers in the order in which they are passed through: compared at every step.
+RUN, DUE, CLEAN, FORCE, DONE = range(5)
+
+
+class Timer(Protocol):
+    """What ``call_later`` returns."""
+
+    def cancel(self) -> None: ...
+
+
+class Ladder(ABC):
+    """One request's way from a cause to a finished cleanup.
+
+    :param policy: how it ends early
+    :param scope: the ASGI scope, to name the request in the log
+    """
+
+    # Defaults live in the class: most requests never change most of them.
+    cause: Cause | None = None
+    state = RUN
+    _watch: Callable[[], bool] | None = None
+    _watched = False
+    _restless = True
+    _waiting_for: Any = None
+    _listeners: tuple[Callable[[], object], ...] = ()
+    _timers: dict[str, Timer] | None = None
+
+    def __init__(self, policy: CancelPolicy, scope: Scope) -> None:
+        self.policy = policy
+        self._scope = scope
+
+    # -- causes ------------------------------------------------------------------------------
+
+    def signal(self, cause: Cause) -> bool:
+        """Set the token. Only the first cause counts, and none once the response is complete.
+
+        :return: whether this was the one
+        """
+        if self.cause is not None or self.state == DONE or cause not in self.policy.causes:
+            return False
+        self.cause = cause
+        for tell in self._listeners:
+            tell()
+        if self.policy.grace:
+            self._start("grace", self.policy.grace, self._cancel)
+        else:
+            self._cancel()
+        return True
+
+    def listen(self, tell: Callable[[], object]) -> None:
+        """Have ``tell`` called at the signal, or now if that has been."""
+        if self.cause is None:
+            self._listeners += (tell,)
+        else:
+            tell()
+
+    def adopt(self, policy: CancelPolicy) -> None:
+        """Go on under another policy: that of a response. Its ``timeout`` starts now."""
+        limit, self.policy = self.policy.timeout, policy
+        if policy.timeout != limit:
+            self._start_limit()
+
+    def settle(self) -> None:
+        """The work is about to unwind by itself, because of the cause: spare it the cancellation.
+
+        Called before raising, by whoever raises. Has no effect outside the work's own task.
+        """
+        if self.cause is not None and self.state <= DUE and self.in_host():
+            grace = self.policy.grace if self.state == RUN else 0
+            self._interrupted(self.policy.cleanup_timeout + grace)
+
+    def complete(self) -> None:
+        """The response is out: what the client does from here on is its own affair."""
+        if self.state < FORCE:
+            self.state = DONE
+            if self._timers:
+                self._stop_timers()
+
+    # -- the work ----------------------------------------------------------------------------
+
+    def watch_with(self, watch: Callable[[], bool]) -> None:
+        """Have ``watch`` called when the work waits, until it returns True: the client is watched."""
+        self._watch = watch
+
+    def unwatched(self) -> None:
+        """The watcher had to stop: ask for it again at the work's next wait."""
+        self._watched = False
+        self._restless = True
+
+    def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        """Run the work. Our own cancellation ends here; everything else passes."""
+        return self._drive(work)
+
+    @coroutine
+    def _drive(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+        """Step the work by hand, to see its waits. One that never waits costs next to nothing."""
+        self._start_limit()
+        step: Callable[[Any], Any] = work.send
+        value: Any = None
+        try:
+            while True:
+                waiting_for = self._waiting_for = step(value)
+                if self._restless:
+                    self._on_wait()
+                try:
+                    value = yield waiting_for
+                except GeneratorExit:
+                    work.close()
+                    raise
+                except BaseException as exc:
+                    self._thrown(exc)
+                    step, value = work.throw, exc
+                else:
+                    step = work.send
+                    if value is not None:
+                        self._sent(value)
+        except StopIteration:
+            pass  # the work has returned
+        except BaseException as exc:
+            if not self._swallows(exc):
+                raise
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        """The work has ended. Leaves no timer, and no reference cycle: the request is freed at once."""
+        self.state = DONE
+        self._watch = self._waiting_for = None
+        if self._timers:
+            self._stop_timers()
+
+    def _on_wait(self) -> None:
+        self._restless = self.state in (DUE, FORCE)
+        if self._restless:
+            self._call_soon(self._attempt)
+        if not self._watched:
+            self._watched = True
+            self._watch_soon()
+
+    def _watch_soon(self) -> None:
+        self._start_watching()
+
+    def _start_watching(self) -> None:
+        if self._watch is not None and not self._watch():
+            self.unwatched()
+
+    # -- the rungs ---------------------------------------------------------------------------
+
+    def _cancel(self) -> None:
+        if self.state == RUN:
+            self.state = DUE
+            self._restless = True
+            self._start("overdue", self.policy.cleanup_timeout, self._overdue)
+            self._attempt()
+
+    def _attempt(self) -> None:
+        if self.state == DUE:
+            if self._deliver():
+                self._interrupted(self.policy.cleanup_timeout)
+        elif self.state == FORCE:
+            self._force()
+
+    def _interrupted(self, cleanup_timeout: float) -> None:
+        self.state = CLEAN
+        self._start("overdue", cleanup_timeout, self._overdue)
+
+    def _overdue(self) -> None:
+        logger.warning(
+            "%s: %s after %s (cause: %s), forcing it",
+            self._name(),
+            "still shielded or in a worker thread" if self.state == DUE else "cleanup not finished",
+            f"{self.policy.cleanup_timeout:g} s",
+            self.cause,
+        )
+        self.state = FORCE
+        self._restless = True
+        self._force()
+
+    def _name(self) -> str:
+        """Method, path and function of the request: "GET /export (export)"."""
+        scope = self._scope
+        name = f"{scope.get('method', scope['type'])} {scope.get('root_path', '')}{scope['path']}"
+        if (function := getattr(scope.get("endpoint"), "__qualname__", None)) is not None:
+            name += f" ({function})"
+        return name
+
+    # -- time --------------------------------------------------------------------------------
+
+    def _start_limit(self) -> None:
+        if self.policy.timeout is not None:
+            self._start("limit", self.policy.timeout, lambda: self.signal("timeout"))
+
+    def _start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
+        timers = self._timers = self._timers or {}
+        if name in timers:
+            timers[name].cancel()
+        timers[name] = self.call_later(seconds, function)
+
+    def _stop_timers(self) -> None:
+        for timer in (self._timers or {}).values():
+            timer.cancel()
+        self._timers = None
+
+    # -- the seam: how a backend does it -----------------------------------------------------
+
+    @abstractmethod
+    def _swallows(self, exc: BaseException) -> bool:
+        """Whether ``exc``, with which the work ended, is our own cancellation and nobody else's."""
+
+    @abstractmethod
+    def _deliver(self) -> bool:
+        """Cancel the work if it can take it now. Whether it was delivered."""
+
+    @abstractmethod
+    def _force(self) -> None:
+        """Cancel the work at this wait, and at each later one."""
+
+    @abstractmethod
+    def in_host(self) -> bool:
+        """Whether the calling task is the one that runs the work."""
+
+    @abstractmethod
+    def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run ``function`` beside the work; it ends with the work at the latest."""
+
+    @abstractmethod
+    def call_later(self, seconds: float, function: Callable[[], object]) -> Timer:
+        """Call ``function`` in so many seconds, unless the work has ended."""
+
+    @abstractmethod
+    def _call_soon(self, function: Callable[[], object]) -> None:
+        """Call ``function`` once the work's present step is over."""
+
+    def _thrown(self, exc: BaseException) -> None:
+        """The work is about to receive an exception at its wait."""
+
+    def _sent(self, value: object) -> None:
+        """The work is about to receive a value at its wait (asyncio sends none)."""

@@ -1,0 +1,112 @@
+"""One request, from its channel to its last word: builds what it needs, runs it, ends it quietly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ._native import NativeLadder, has_scope
+from ._scoped import GroupLadder, ScopedLadder
+from .channel import Channel
+from .exceptions import is_quiet
+from .ladder import Ladder
+from .policy import Cause, CancelPolicy
+
+KEY = "fastapi_cancel"
+"""Where the scope keeps its :class:`Protection`; ``None`` there: the endpoint opted out."""
+
+STATUS: dict[Cause, int] = {"disconnect": 499, "stalled": 499, "timeout": 504, "stop": 503, "shutdown": 503}
+"""What a request that ended before its response began is answered with. Nobody but middleware and
+access logs will see a 499 (nginx's number for it)."""
+
+
+class Protection:
+    """What the parts of one request share.
+
+    :ivar response: the response that the route's handler returned, once it has
+    """
+
+    __slots__ = ("ladder", "channel", "response")
+
+    def __init__(self, ladder: Ladder, channel: Channel, response: Response | None) -> None:
+        self.ladder = ladder
+        self.channel = channel
+        self.response = response
+
+
+def protection_of(scope: Scope) -> Protection | None:
+    """The protection that this request already has, if any."""
+    return scope.get(KEY)
+
+
+async def protect(
+    app: Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    policy: CancelPolicy,
+    response: Response | None = None,
+) -> None:
+    """Run ``app`` so that it ends when its client does.
+
+    To ``app`` this is an ASGI 2.4 server, whatever the real one says of itself. A request that is
+    protected already goes on as it is, under the new policy.
+    """
+    if (around := protection_of(scope)) is not None:
+        around.ladder.adopt(policy)
+        return await app(scope, receive, send)
+    ladder = ladder_for(policy, scope)
+    channel = Channel(scope, receive, send, ladder)
+    protection = Protection(ladder, channel, response)
+    asgi = scope["asgi"]
+    scope["asgi"] = {**asgi, "spec_version": "2.4"}
+    scope[KEY] = protection
+    try:
+        await ladder.run(app(scope, channel.receive, channel.send))
+    except (Exception, BaseExceptionGroup) as exc:
+        if ladder.cause is None or not is_quiet(exc):
+            raise
+    finally:
+        channel.close()
+        scope["asgi"] = asgi
+        del scope[KEY]
+    if ladder.cause is not None and not channel.completed:
+        await _conclude(protection, ladder.cause, send)
+
+
+def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
+    """The ladder that fits the calling task."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # another backend than asyncio
+        task = None
+    if task is None:
+        return GroupLadder(policy, scope)
+    return ScopedLadder(policy, scope, task) if has_scope(task) else NativeLadder(policy, scope, task)
+
+
+async def _conclude(protection: Protection, cause: Cause, send: Send) -> None:
+    response = protection.response
+    background = response.background if response is not None else None
+    try:
+        if not protection.channel.started:
+            await _answer(cause, send)
+    finally:
+        if background is not None and protection.ladder.policy.background:
+            await background()
+
+
+async def _answer(cause: Cause, send: Send) -> None:
+    status = STATUS[cause]
+    if status != 499:
+        raise HTTPException(status)
+    try:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+    except OSError:
+        pass

@@ -1,0 +1,84 @@
+"""``CancellableRoute``: every handler of a router, unchanged, ends when its client does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ._closing import close
+from ._endpoints import closing, current
+from .policy import CancelPolicy, policy_of
+from .protect import KEY, protect, protection_of
+from .responses import Cancellable
+
+
+class CancellableRoute(APIRoute):
+    """An ``APIRoute`` that cannot be told from one while the client stays.
+
+    ::
+
+        router = APIRouter(route_class=CancellableRoute)
+        router = APIRouter(route_class=CancellableRoute.with_policy(CancelPolicy(grace=2)))
+        app.router.route_class = CancellableRoute
+    """
+
+    policy: ClassVar[CancelPolicy] = CancelPolicy()
+
+    @classmethod
+    def with_policy(cls, policy: CancelPolicy) -> type[CancellableRoute]:
+        """This route class under another policy.
+
+        :raises TypeError: ``policy`` is no :class:`CancelPolicy`
+        """
+        if not isinstance(policy, CancelPolicy):
+            raise TypeError(f"policy must be a CancelPolicy, not {policy!r}")
+        return type(cls.__name__, (cls,), {"policy": policy, "__module__": cls.__module__})
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
+        self._declared = endpoint
+        wrapped = closing(endpoint)
+        self._yields = wrapped is not endpoint
+        super().__init__(path, wrapped, **kwargs)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        policy = policy_of(self._declared, self.policy)
+        if policy is None:
+            scope[KEY] = None
+            await super().handle(scope, receive, send)
+        else:
+            await protect(super().handle, scope, receive, send, policy)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def cancellable_handler(request: Request) -> Response:
+            scope = request.scope
+            if (protection := protection_of(scope)) is None:
+                return await handler(request)
+            reset = current.set((scope, protection)) if self._yields else None
+            try:
+                response = await handler(request)
+            finally:
+                if reset is not None:
+                    current.reset(reset)
+            protection.response = response
+            if isinstance(response, (Cancellable, StreamingResponse)):
+                _close_with_request(response, scope)
+            return response
+
+        return cancellable_handler
+
+
+def _close_with_request(response: Response, scope: Scope) -> None:
+    """Close before the dependencies do, in the task of the request, even if it is never called."""
+    stack: AsyncExitStack = scope["fastapi_inner_astack"]
+    if isinstance(response, Cancellable):
+        stack.push_async_callback(response.aclose)
+    elif isinstance(response, StreamingResponse):
+        stack.push_async_callback(close, response.body_iterator)
