@@ -44,7 +44,11 @@ from starlette.types import Message, Receive, Scope, Send
 from .exceptions import ClientGone
 from .ladder import Ladder, Timer
 
-CHECKPOINT_INTERVAL = 0.05  # seconds of streaming without giving way to the event loop
+# A producer that never waits would starve the event loop where `send` does not wait either (Hypercorn),
+# and write on to a connection that is lost: asyncio logs that from the fifth write on. So, without a wait
+# in between, there are at the most:
+MAX_SECONDS = 0.05
+MAX_WRITES = 4
 
 
 class Channel:
@@ -62,7 +66,9 @@ class Channel:
     _news: anyio.Event | None = None
     _asked = _body_complete = _ended = _reading = False
     _finishing = _trailers = False
-    _checkpoint_at = 0.0
+    _waits_seen = -1
+    _waited_at = 0.0
+    _writes = 0
     _sending_since: float | None = None
     _stall_timer: Timer | None = None
 
@@ -163,8 +169,15 @@ class Channel:
         last = False
         if kind == "http.response.body":
             if message.get("more_body", False):
-                if (now := time.monotonic()) >= self._checkpoint_at:
-                    await self._give_way(now)
+                now = time.monotonic()
+                if self._ladder.waits != self._waits_seen:
+                    self._waits_seen = self._ladder.waits
+                    self._waited_at = now
+                    self._writes = 1
+                elif self._writes < MAX_WRITES and now - self._waited_at < MAX_SECONDS:
+                    self._writes += 1
+                else:
+                    await anyio.sleep(0)
             else:
                 last = not self._trailers
         elif kind == "http.response.start":
@@ -193,13 +206,6 @@ class Channel:
         if last:
             self.completed = True
             self._ladder.complete()
-
-    async def _give_way(self, now: float) -> None:
-        # A producer that never waits would starve the loop where `send` does not wait either (Hypercorn).
-        if self._checkpoint_at:
-            await anyio.sleep(0)
-            now = time.monotonic()
-        self._checkpoint_at = now + CHECKPOINT_INTERVAL
 
     async def _send_within(self, patience: float, message: Message) -> None:
         self._sending_since = time.monotonic()

@@ -76,11 +76,14 @@ class Ladder(ABC):
 
     :param policy: how it ends early
     :param scope: the ASGI scope, to name the request in the log
+    :ivar cause: why the work ends early, once it does
+    :ivar waits: how often the work has waited
     """
 
     # Defaults live in the class: most requests never change most of them.
     cause: Cause | None = None
     state = RUN
+    waits = 0
     _watch: Callable[[], bool] | None = None
     _watched = False
     _restless = True
@@ -163,6 +166,7 @@ class Ladder(ABC):
         try:
             while True:
                 waiting_for = self._waiting_for = step(value)
+                self.waits += 1
                 if self._restless:
                     self._on_wait()
                 try:

@@ -1,0 +1,41 @@
+"""Servers are started once and serve many tests; each test begins with fresh counters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from .live import LiveServer
+
+Start = Callable[..., LiveServer]
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Start]:
+    """``running(server, middleware)``: a live server of that kind."""
+    servers: dict[tuple[str, int], LiveServer] = {}
+
+    def start(server: str, middleware: int = 0) -> LiveServer:
+        key = (server, middleware)
+        if key not in servers:
+            servers[key] = LiveServer(server, middleware=middleware)
+        live = servers[key]
+        live.fresh()
+        return live
+
+    yield start
+    for live in servers.values():
+        with live:
+            pass
+
+
+@pytest.fixture
+def uvicorn(running: Start) -> LiveServer:
+    return running("uvicorn-httptools")
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    backend: str = request.param
+    return backend
