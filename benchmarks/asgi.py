@@ -1,0 +1,111 @@
+"""Calling an application as a server does: a fresh scope, and a task, for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from fastapi import FastAPI
+
+from .apps import gate
+
+BODY = b'{"name": "a thing", "price": 12.5, "tags": ["new", "blue", "round"]}'
+
+
+class Call:
+    """One request, made ready before the clock starts. Its client stays until the end."""
+
+    __slots__ = ("message", "scope")
+
+    def __init__(self, path: str) -> None:
+        path, _, query = path.partition("?")
+        body = BODY if path == "/body" else b""
+        headers = [
+            (b"host", b"localhost:8000"),
+            (b"user-agent", b"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"),
+            (b"accept", b"application/json"),
+            (b"accept-encoding", b"gzip, deflate, br"),
+            (b"accept-language", b"en-GB,en;q=0.9"),
+            (b"connection", b"keep-alive"),
+            (b"cookie", b"session=5f3c6f0e7f3b4f6f8a1f"),
+            (b"x-request-id", b"0b5f3a52-3d6c-4f6e"),
+        ]
+        if body:
+            headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "server": ("127.0.0.1", 8000),
+            "client": ("127.0.0.1", 50000),
+            "scheme": "http",
+            "method": "POST" if body else "GET",
+            "root_path": "",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": headers,
+            "state": {},
+        }
+        self.message: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
+
+    async def receive(self) -> dict[str, Any]:
+        message, self.message = self.message, None
+        if message is None:
+            await asyncio.get_running_loop().create_future()
+            raise AssertionError("the client stays")
+        return message
+
+
+async def discard(message: Any) -> None:
+    """A ``send`` that never waits."""
+
+
+def cpu_of(loop: asyncio.AbstractEventLoop, app: FastAPI, path: str, calls: int) -> float:
+    """CPU seconds that so many requests take, from their tasks' start until nothing of them is left."""
+    return loop.run_until_complete(_cpu_of(app, [Call(path) for _ in range(calls)]))
+
+
+async def _cpu_of(app: FastAPI, calls: list[Call]) -> float:
+    loop = asyncio.get_running_loop()
+    begin = time.process_time()
+    tasks = [loop.create_task(app(call.scope, call.receive, discard)) for call in calls]
+    if calls[0].scope["path"] == "/wait":
+        await _turn_until(lambda: len(gate) == len(calls))
+        for _ in range(5):  # nobody may take this wait for a short one
+            await asyncio.sleep(0)
+        for future in gate:
+            future.set_result(None)
+        gate.clear()
+    for task in tasks:
+        await task
+    await _turn_until(lambda: len(asyncio.all_tasks()) == 1)  # watchers that were told to end
+    return time.process_time() - begin
+
+
+async def _turn_until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 (turns of the loop are what counts here)
+        await asyncio.sleep(0)
+
+
+def answer(loop: asyncio.AbstractEventLoop, app: FastAPI, path: str) -> list[MutableMapping[str, Any]]:
+    """What the application sends to one request: it must be right before it is measured."""
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    async def call() -> None:
+        one = Call(path)
+        task = asyncio.create_task(app(one.scope, one.receive, send))
+        if path == "/wait":
+            await _turn_until(lambda: len(gate) == 1)
+            gate.pop().set_result(None)
+        await task
+
+    loop.run_until_complete(call())
+    assert sent[0]["status"] == 200, sent
+    assert not sent[-1].get("more_body"), sent
+    return sent
