@@ -1,0 +1,327 @@
+"""The chat example, as a process of its own, used by people who come and go."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from examples.sse_chat.app import encode
+
+from .live import DEADLINE, ROOT, Client
+
+PROMPT = 3.0  # seconds: what a person with a finger on Ctrl-C puts up with
+ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
+
+# The example with something changed or added, and a look inside.
+PROBED = """
+import asyncio, gc
+from anyio.streams.memory import MemoryObjectReceiveStream
+from examples.sse_chat import __main__, app
+
+@app.app.get("/stats")
+async def stats():
+    gc.collect()
+    queues = sum(type(each) is MemoryObjectReceiveStream for each in gc.get_objects())
+    return {"people": len(app.room.people), "queues": queues, "tasks": len(asyncio.all_tasks())}
+
+"""
+
+
+class Demo(ExitStack):
+    """``python -m examples.sse_chat``, or a script that starts it otherwise."""
+
+    def __init__(self, *arguments: str) -> None:
+        super().__init__()
+        self.log = self.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+        command = [sys.executable, *(arguments or ("-m", "examples.sse_chat"))]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
+        self.callback(self.process.wait)
+        self.callback(self.process.kill)
+        self.port = self._printed_port()
+
+    def _printed_port(self) -> int:
+        end = time.monotonic() + DEADLINE
+        while (address := ADDRESS.search(self.text())) is None:
+            assert self.process.poll() is None, f"did not start:\n{self.text()}"
+            assert time.monotonic() < end, f"no address:\n{self.text()}"
+            time.sleep(0.01)
+        return int(address[1])
+
+    def text(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def stop(self, sig: int) -> int:
+        self.process.send_signal(sig)
+        return self.process.wait(PROMPT)
+
+    def get(self, path: str) -> Any:
+        with Client(self.port) as client:
+            client.request(path, headers="Connection: close\r\n")
+            return json.loads(client.response()[1])
+
+    def post(self, message: dict[str, Any]) -> tuple[int, Any]:
+        body = json.dumps(message).encode()
+        with Client(self.port) as client:
+            client.request("/messages", "POST", "Content-Type: application/json\r\nConnection: close\r\n", body)
+            status, answer = client.response()
+            return status, json.loads(answer or "null")
+
+
+class Person(Client):
+    """Somebody in the room, reading server-sent events as the WHATWG says."""
+
+    def __init__(self, demo: Demo, name: str) -> None:
+        super().__init__(demo.port)
+        self.demo = demo
+        self.comments = 0
+        self._body = b""
+        self.request("/events?" + urlencode({"name": name}))
+        status, self.headers = self.head()
+        assert status == 200
+        self.welcome = self.sees("welcome")
+        self.name = self.welcome["you"]
+
+    def sees(self, kind: str) -> dict[str, Any]:
+        """The next event, which is of this kind."""
+        event, data = self.event()
+        assert event == kind, (event, data)
+        return data
+
+    def event(self) -> tuple[str, dict[str, Any]]:
+        while True:
+            kind, data = "message", []
+            for line in self._lines():
+                field, _, value = line.partition(":")
+                value = value.removeprefix(" ")
+                if field == "event":
+                    kind = value
+                elif field == "data":
+                    data.append(value)
+                else:
+                    assert field == "", line
+                    self.comments += 1
+            if data:
+                return kind, json.loads("\n".join(data))
+
+    def _lines(self) -> list[str]:
+        while b"\n\n" not in self._body:
+            size = int(self.until(b"\r\n"), 16)
+            assert size, "the stream has ended"
+            self._body += self.exactly(size)
+            self.until(b"\r\n")
+        block, _, self._body = self._body.partition(b"\n\n")
+        return block.decode().split("\n")
+
+    def says(self, text: str) -> None:
+        assert self.demo.post({"key": self.welcome["key"], "text": text}) == (204, None)
+
+    def __enter__(self) -> Person:
+        return self
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Demo]:
+    with Demo() as demo:
+        yield demo
+        assert demo.stop(signal.SIGTERM) == 0
+        assert len(demo.text().splitlines()) == 1, demo.text()
+
+
+@pytest.fixture
+def demo(running: Demo) -> Demo:
+    """The one that all tests share, with nobody in the room."""
+    assert_soon(lambda: running.get("/who") == [])
+    return running
+
+
+def assert_soon(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_two_people_chat(demo: Demo) -> None:
+    with Person(demo, "Ada") as ada, Person(demo, "Bob") as bob:
+        assert ada.sees("joined")["name"] == "Bob"
+        assert bob.welcome["people"] == ["Ada", "Bob"] == demo.get("/who")
+        bob.says("hello")
+        for person in (ada, bob):
+            said = person.sees("said")
+            assert (said["name"], said["text"]) == ("Bob", "hello")
+
+
+@pytest.mark.parametrize("leave", [Client.abort, Client.close], ids=["RST", "FIN"])
+def test_who_leaves_is_announced_at_once(demo: Demo, leave: Callable[[Client], float]) -> None:
+    with Person(demo, "Ada") as ada, Person(demo, "Bob") as bob:
+        ada.sees("joined")
+        left_at = leave(bob)
+        assert ada.sees("left")["name"] == "Bob"
+        assert time.monotonic() - left_at < 2  # far less than the interval of the keep-alive comments
+        assert demo.get("/who") == ["Ada"]
+
+
+def test_who_left_cannot_speak(demo: Demo) -> None:
+    with Person(demo, "Ada") as ada, Person(demo, "Bob") as bob:
+        ada.sees("joined")
+        bob.abort()
+        ada.sees("left")
+        status, answer = demo.post({"key": bob.welcome["key"], "text": "still here"})
+        assert status == 403
+        assert "not in the room" in answer["detail"]
+
+
+def test_newcomer_gets_the_last_fifty_messages(demo: Demo) -> None:
+    with Person(demo, "Ada") as ada:
+        for number in range(60):
+            ada.says(f"message {number}")
+        with Person(demo, "Bob") as bob:
+            assert [said["text"] for said in bob.welcome["history"]] == [f"message {n}" for n in range(10, 60)]
+
+
+def test_same_name_is_told_apart(demo: Demo) -> None:
+    with Person(demo, "Ada"), Person(demo, "ada") as second, Person(demo, " Ada ") as third:
+        assert [second.name, third.name] == ["ada (2)", "Ada (3)"]
+        second.says("which one?")
+        assert third.sees("said")["name"] == "ada (2)"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 25, "\u200b"], ids=["empty", "blank", "long", "invisible"])
+def test_bad_name_is_refused(demo: Demo, name: str) -> None:
+    detail = demo.get("/events?" + urlencode({"name": name}))["detail"]
+    assert [each["loc"] for each in detail] == [["query", "name"]]
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"key": "k", "text": ""}, "text"),
+        ({"key": "k", "text": " \n "}, "text"),
+        ({"key": "k", "text": "x" * 2001}, "text"),
+        ({"key": "k", "text": 7}, "text"),
+        ({"key": "k"}, "text"),
+        ({"text": "hello"}, "key"),
+    ],
+    ids=["empty", "blank", "long", "number", "missing", "no-key"],
+)
+def test_bad_message_is_refused(demo: Demo, message: dict[str, Any], field: str) -> None:
+    status, answer = demo.post(message)
+    assert status == 422
+    assert [each["loc"] for each in answer["detail"]] == [["body", field]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one\ntwo\r\nthree\rfour",
+        "<script>alert('&amp;')</script>",
+        "data: x\n\nevent: left",
+        "日本 \u2028 👩‍🚀",
+        "x" * 2000,
+    ],
+    ids=["lines", "markup", "event", "unicode", "long"],
+)
+def test_message_arrives_as_it_was_written(demo: Demo, text: str) -> None:
+    with Person(demo, "Ada") as ada:
+        ada.says(text)
+        assert ada.sees("said")["text"] == text
+
+
+def test_headers_of_the_stream(demo: Demo) -> None:
+    with Person(demo, "Ada") as ada:
+        assert ada.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert ada.headers["cache-control"] == "no-store"
+        assert ada.headers["x-accel-buffering"] == "no"
+
+
+def test_page_needs_nothing_from_elsewhere(demo: Demo) -> None:
+    with Client(demo.port) as client:
+        client.request("/", headers="Connection: close\r\n")
+        status, body = client.response()
+    assert status == 200
+    assert b"<title>" in body
+    assert not re.search(rb"(src|href)=\"(?!data:)|@import|innerHTML|insertAdjacentHTML|document\.write", body)
+
+
+def test_encode_splits_lines() -> None:
+    assert encode("said", "a\nb\r\nc\rd\u2028e") == "event: said\ndata: a\ndata: b\ndata: c\ndata: d\u2028e\n\n"
+
+
+def test_idle_stream_is_kept_alive_and_misses_nothing() -> None:
+    with Demo("-c", PROBED + "app.KEEP_ALIVE = 0.001\n__main__.main()") as demo, Person(demo, "Ada") as ada:
+        for number in range(200):
+            ada.says(str(number))
+        assert [ada.sees("said")["text"] for _ in range(200)] == [str(number) for number in range(200)]
+        assert ada.comments > 10
+
+
+def test_who_does_not_read_is_dropped() -> None:
+    """With what two thousand characters of four bytes fill: the socket's buffers, then the queue."""
+    change = "app.room.queue = 5\n__main__.main()"
+    with Demo("-c", PROBED + change) as demo, Person(demo, "Ada") as ada, Client(demo.port) as sleeper:
+        sleeper.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sleeper.request("/events?name=Sleeper")
+        ada.sees("joined")
+        events = []
+        for _ in range(3000):
+            ada.says("🙂" * 2000)
+            events.append(ada.event()[0])
+            if events[-1] == "left":
+                break
+        assert events[-1] == "left"
+        assert demo.get("/who") == ["Ada"]
+
+
+def test_nothing_remains_of_who_has_left() -> None:
+    with Demo("-c", PROBED + "__main__.main()") as demo:
+        before = demo.get("/stats")
+        for number in range(50):
+            with Client(demo.port) as hasty:  # gone before the first byte of the answer
+                hasty.request("/events?name=Hasty")
+                hasty.abort()
+            with Person(demo, f"guest {number}") as guest:
+                guest.abort() if number % 2 else guest.close()
+        assert_soon(lambda: bool(demo.get("/stats") == before))
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_stops_at_once_with_open_streams(sig: int) -> None:
+    with Demo() as demo, Person(demo, "Ada") as ada, Person(demo, "Bob"):
+        ada.sees("joined")
+        assert demo.stop(sig) == 0
+        assert ada.until(b"0\r\n\r\n") == b"0\r\n\r\n"  # the stream has ended, it was not cut off
+        assert ADDRESS.sub("", demo.text()) == "The chat room is open at  (Ctrl-C closes it)\n"
+
+
+def test_stops_though_somebody_does_not_read() -> None:
+    change = "app.room.queue = 10**6\n__main__.main()"
+    with Demo("-c", PROBED + change) as demo, Person(demo, "Ada") as ada, Client(demo.port) as sleeper:
+        sleeper.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sleeper.request("/events?name=Sleeper")
+        ada.sees("joined")
+        for _ in range(700):
+            ada.says("🙂" * 2000)
+            ada.sees("said")
+        assert demo.stop(signal.SIGTERM) == 0
+        assert len(demo.text().splitlines()) == 1, demo.text()
+
+
+def test_taken_port_is_said_clearly(demo: Demo) -> None:
+    command = [sys.executable, "-m", "examples.sse_chat", "--port", str(demo.port)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 2
+    assert f"cannot listen on port {demo.port}" in done.stderr
+    assert "Traceback" not in done.stderr
