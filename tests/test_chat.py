@@ -199,7 +199,7 @@ def test_same_name_is_told_apart(demo: Demo) -> None:
         assert third.sees("said")["name"] == "ada (2)"
 
 
-@pytest.mark.parametrize("name", ["", "  ", "x" * 25, "\u200b"], ids=["empty", "blank", "long", "invisible"])
+@pytest.mark.parametrize("name", ["", "  ", "x" * 25, "\u200b \u200b"], ids=["empty", "blank", "long", "invisible"])
 def test_bad_name_is_refused(demo: Demo, name: str) -> None:
     detail = demo.get("/events?" + urlencode({"name": name}))["detail"]
     assert [each["loc"] for each in detail] == [["query", "name"]]
@@ -238,6 +238,12 @@ def test_message_arrives_as_it_was_written(demo: Demo, text: str) -> None:
     with Person(demo, "Ada") as ada:
         ada.says(text)
         assert ada.sees("said")["text"] == text
+
+
+def test_half_a_character_is_replaced(demo: Demo) -> None:
+    with Person(demo, "Ada") as ada:
+        ada.says("half \ud83d")
+        assert ada.sees("said")["text"] == "half ?"
 
 
 def test_headers_of_the_stream(demo: Demo) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Response
 from fastapi.responses import FileResponse
-from pydantic import AfterValidator, BaseModel, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, StringConstraints
 
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse
 
@@ -25,8 +25,13 @@ room = Room()
 router = APIRouter(route_class=CancellableRoute)
 
 
+def encodable(text: object) -> object:
+    """JSON can hold half a character (a lone surrogate), UTF-8 cannot."""
+    return text.encode(errors="replace").decode() if isinstance(text, str) else text
+
+
 def visible(text: str) -> str:
-    if not any(character.isprintable() for character in text):
+    if not any(character.isprintable() and not character.isspace() for character in text):
         raise ValueError("must contain something that can be seen")
     return text
 
@@ -41,7 +46,12 @@ Name = Annotated[
     AfterValidator(visible),
     AfterValidator(one_line),
 ]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2000), AfterValidator(visible)]
+Text = Annotated[
+    str,
+    BeforeValidator(encodable),
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=2000),
+    AfterValidator(visible),
+]
 
 
 class Message(BaseModel):
