@@ -18,14 +18,15 @@ Cleanup = Callable[[], Awaitable[object]]
 async def close(iterator: object) -> None:
     """Close an iterator, if it is one that can be closed: a synchronous one in a worker thread.
 
-    There is no cancel scope around it: the generator may hold one of its own across a ``yield``.
+    There is no cancel scope around an asynchronous one: it may hold one of its own across a ``yield``.
     """
     inner = _wrapped_by_starlette(iterator)
     try:
         if (aclose := getattr(iterator, "aclose", None)) is not None:
             await aclose()
         elif (close_sync := getattr(iterator, "close", None)) is not None:
-            await run_sync(close_sync)
+            with anyio.CancelScope(shield=True):
+                await run_sync(close_sync)
     except Exception:
         logger.exception("closing %r failed", iterator)
     if inner is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any
 
 from starlette.types import Scope
@@ -46,7 +45,7 @@ def is_shielded(task: asyncio.Task[Any]) -> bool:
 
 
 # Started eagerly, a watcher reads what is there already without a turn of the loop.
-_start_task: Any = asyncio.Task if sys.version_info < (3, 12) else partial(asyncio.Task, eager_start=True)
+_EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
 class NativeLadder(Ladder):
@@ -109,7 +108,7 @@ class NativeLadder(Ladder):
         call_soon(call_soon, self._start_watching)
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._helpers += (_start_task(function(), loop=self._task.get_loop()),)
+        self._helpers += (asyncio.Task(function(), loop=self._task.get_loop(), **_EAGERLY),)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
         return self._task.get_loop().call_later(seconds, function)

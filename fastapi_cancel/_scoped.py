@@ -1,14 +1,9 @@
-"""The ladder where AnyIO scopes are needed: under another scope on asyncio, and always on Trio.
-
-Two nested scopes surround the work. Cancelling the outer one interrupts it, honouring shields and
-worker threads; the inner one, an :class:`~._edge.Edge`, is shielded from the first delivery on, so the
-cleanup can await. It also shields the work from a second cancellation that comes from further out, such
-as the task group of a ``BaseHTTPMiddleware`` whose own task the server cancels.
-"""
+"""The ladder where AnyIO scopes are needed: under another scope on asyncio, and always on Trio."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -16,22 +11,26 @@ import anyio
 from anyio.abc import TaskGroup
 from starlette.types import Scope
 
-from ._edge import Edge
 from ._native import NativeLadder
-from .ladder import DUE, Ladder
+from .ladder import DUE, RUN, Ladder
 from .policy import CancelPolicy
 
 
 class ScopedLadder(NativeLadder):
-    """asyncio, inside somebody's AnyIO scope."""
+    """asyncio, inside somebody's AnyIO scope, such as the task group of a ``BaseHTTPMiddleware``.
+
+    Two nested scopes surround the work. Cancelling the outer one interrupts it, shields honoured; the inner
+    one is shielded from then on, so that the cleanup can await: AnyIO's cancellation is level-triggered and
+    would cancel it at each await. The shield also holds off a second cancellation from further out.
+    """
 
     def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
         super().__init__(policy, scope, task)
         self._outer = anyio.CancelScope()
-        self._edge = Edge(policy.cleanup_timeout)
+        self._inner = anyio.CancelScope()
 
     def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
-        return self._drive(_within(self._outer, self._edge.scope, work))
+        return self._drive(_within(self._outer, self._inner, work))
 
     def _take_back(self) -> bool:  # AnyIO does it
         return self._task.cancelling() > self._cancelling
@@ -39,29 +38,41 @@ class ScopedLadder(NativeLadder):
     def _deliver(self) -> bool:
         if self._task.cancelling() > self._cancelling or not self._can_take():
             return False
-        # Un-shielded for this one call, in which AnyIO cancels whom it can. Were the scope left open
-        # until the work sees it, a work that awaits other tasks (`gather`) would cancel those again
-        # in every turn until they are through with their cleanup.
-        self._edge.scope.shield = False
+        # Open for this one call, in which AnyIO cancels whom it can. Were the scope left open until the
+        # work sees it, a work that awaits other tasks (`gather`) would cancel those again in every turn
+        # until they are through with their cleanup.
+        self._inner.shield = False
         self._outer.cancel()
-        self._edge.scope.shield = True
+        self._inner.shield = True
         self._requests += self._task.cancelling() - self._cancelling
         return self._requests > 0
 
     def _force(self) -> None:
-        self._edge.scope.cancel()
+        self._inner.cancel()
 
     def _thrown(self, exc: BaseException) -> None:
-        self._edge.thrown(exc)
+        """Let one cancellation from further out through, and shield the cleanup from its repetitions."""
+        if self._inner.shield or not isinstance(exc, asyncio.CancelledError):
+            return
+        if anyio.current_effective_deadline() == -math.inf:
+            self._inner.shield = True
+            if anyio.current_effective_deadline() == -math.inf:  # it is a scope of the work's own
+                self._inner.shield = False
+            else:
+                self._inner.deadline = anyio.current_time() + self.policy.cleanup_timeout
 
 
 class GroupLadder(Ladder):
-    """Any backend, through AnyIO's public API alone: helpers are tasks of a task group."""
+    """Any backend, through AnyIO's public API alone; used on Trio, with Trio's own level semantics.
+
+    A shield around a cleanup would give it time there too, but it would also make every nursery inside
+    believe that the cancellation was its own, and swallow it.
+    """
 
     def __init__(self, policy: CancelPolicy, scope: Scope) -> None:
         super().__init__(policy, scope)
         self._outer = anyio.CancelScope()
-        self._edge = Edge(policy.cleanup_timeout)
+        self._inner = anyio.CancelScope()
         self._host = anyio.get_current_task().id
         self._group: TaskGroup
 
@@ -69,7 +80,7 @@ class GroupLadder(Ladder):
         error: Exception | None = None
         async with anyio.create_task_group() as self._group:
             try:
-                await self._drive(_within(self._outer, self._edge.scope, work))
+                await self._drive(_within(self._outer, self._inner, work))
             except Exception as exc:  # so that the group does not wrap it
                 error = exc
             self._group.cancel_scope.cancel()
@@ -79,32 +90,21 @@ class GroupLadder(Ladder):
             finally:
                 del error
 
+    def settle(self) -> None:
+        # What unwinds from an error of its own has had its interruption: no nursery will swallow that.
+        if self.cause is not None and self.state in (RUN, DUE) and self.in_host():
+            self._inner.shield = True
+        super().settle()
+
     def _swallows(self, exc: BaseException) -> bool:
         return False  # the outer scope has done so
 
     def _deliver(self) -> bool:
         self._outer.cancel()
-        return False  # `_thrown` or `_sent` sees it arrive
+        return True  # at the next checkpoint, and at each later one
 
     def _force(self) -> None:
-        self._edge.scope.cancel()
-
-    def _thrown(self, exc: BaseException) -> None:
-        if self._edge.thrown(exc):
-            self._arrived()
-
-    def _sent(self, value: object) -> None:
-        if self._edge.sent(value):
-            self._arrived()
-
-    def _arrived(self) -> None:
-        if self.state is DUE:
-            self._interrupted(self.policy.cleanup_timeout)
-
-    def settle(self) -> None:
-        super().settle()
-        if self.cause is not None and self.in_host():
-            self._edge.scope.shield = True
+        self._inner.cancel()
 
     def in_host(self) -> bool:
         return anyio.get_current_task().id == self._host
@@ -118,7 +118,7 @@ class GroupLadder(Ladder):
         return timer
 
     def _call_soon(self, function: Callable[[], object]) -> None:
-        """Not needed: a cancelled AnyIO scope tries again by itself."""
+        """Not needed: a cancelled scope tries again by itself."""
 
 
 async def _within(outer: anyio.CancelScope, inner: anyio.CancelScope, work: Coroutine[Any, Any, None]) -> None:

@@ -179,8 +179,6 @@ class Ladder(ABC):
                     step, value = work.throw, exc
                 else:
                     step = work.send
-                    if value is not None:
-                        self._sent(value)
         except StopIteration:
             pass  # the work has returned
         except BaseException as exc:
@@ -300,6 +298,3 @@ class Ladder(ABC):
 
     def _thrown(self, exc: BaseException) -> None:
         """The work is about to receive an exception at its wait."""
-
-    def _sent(self, value: object) -> None:
-        """The work is about to receive a value at its wait (asyncio sends none)."""

@@ -89,6 +89,12 @@ class LiveServer:
         """What the server has written since the last ``fresh``."""
         return self.log.read_text()[self.mark :]
 
+    def wait_for_text(self, text: str) -> None:
+        end = time.monotonic() + DEADLINE
+        while text not in self.text():
+            assert time.monotonic() < end, f"never {text!r}, but {self.text()!r}"
+            time.sleep(0.01)
+
     def complaints(self) -> list[str]:
         """The lines of the log that a person would look at."""
         return [line for line in self.text().splitlines() if not HARMLESS.search(line)]
