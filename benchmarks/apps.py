@@ -124,6 +124,8 @@ def build(variant: str, layers: int = 0) -> FastAPI:
     async def cancellable_idle() -> Response:
         return CancellableStreamingResponse(produce_and_idle())
 
+    app.include_router(router)
+
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         return {"started": len(started), "finished": finished, "tasks": len(asyncio.all_tasks())}
@@ -134,7 +136,6 @@ def build(variant: str, layers: int = 0) -> FastAPI:
         started.clear()
         finished.clear()
 
-    app.include_router(router)
     for _ in range(layers):
         app.add_middleware(Layer)
     if variant == MIDDLEWARE:
