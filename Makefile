@@ -10,7 +10,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m examples.sse_chat
 
 test: lint $(VENV)/.installed
-	$(BIN)/python scripts/test.py
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report
 	$(MAKE) fastapi-suite lower
 
 lint: $(VENV)/.installed

@@ -23,6 +23,7 @@ from starlette.types import Scope
 
 from ._closing import close
 from .ladder import Ladder
+from .policy import Cause
 from .protect import Protection, ladder_for
 
 current: ContextVar[tuple[Scope, Protection]] = ContextVar("fastapi_cancel_request")
@@ -53,6 +54,10 @@ def closing(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         stack.push_async_callback(close, body)
         return body
 
+    # FastAPI looks through these for the parameters, for the name, and for whether it yields.
+    opening.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
+    opening.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
+    opening.__wrapped__ = function  # type: ignore[attr-defined]
     return opening
 
 
@@ -86,7 +91,7 @@ class _OwnTask:
         self._generator = generator
         self._scope = scope
         self._parent = parent
-        self._ladder: Ladder | None = None
+        self._signal: Callable[[Cause], object] = lambda cause: None
         self._error: Exception | None = None
         self._ended = anyio.Event()
         self._items, self._pulled = anyio.create_memory_object_stream[Any]()
@@ -103,15 +108,15 @@ class _OwnTask:
     async def end(self) -> None:
         """Have the generator closed, wherever it is, and wait for that."""
         self._pulled.close()
-        if self._ladder is not None:
-            self._ladder.signal(self._parent.cause or "stop")
+        self._signal(self._parent.cause or "stop")
         await self._ended.wait()
 
     async def _run(self) -> None:
-        self._ladder = ladder_for(self._parent.policy, self._scope)
-        self._parent.listen(self._signal)
+        ladder = ladder_for(self._parent.policy, self._scope)
+        self._signal = ladder.signal
+        self._parent.listen(lambda: ladder.signal(self._parent.cause or "stop"))
         try:
-            await self._ladder.run(self._produce())
+            await ladder.run(self._produce())
         except Exception as exc:
             self._error = exc
         finally:
@@ -126,7 +131,3 @@ class _OwnTask:
             pass
         finally:
             await close(self._generator)
-
-    def _signal(self) -> None:
-        if self._ladder is not None and self._parent.cause is not None:
-            self._ladder.signal(self._parent.cause)

@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from .ladder import FORCE, Ladder
+from .ladder import Ladder
 from .policy import CancelPolicy
 
 try:

@@ -100,8 +100,10 @@ class GroupLadder(Ladder):
         return False  # the outer scope has done so
 
     def _deliver(self) -> bool:
+        if self.in_host():  # it may be about to unwind by itself; else its next wait is cancelled
+            return False
         self._outer.cancel()
-        return True  # at the next checkpoint, and at each later one
+        return True
 
     def _force(self) -> None:
         self._inner.cancel()
@@ -118,7 +120,10 @@ class GroupLadder(Ladder):
         return timer
 
     def _call_soon(self, function: Callable[[], object]) -> None:
-        """Not needed: a cancelled scope tries again by itself."""
+        # The work is about to wait. From here on Trio tries again by itself.
+        self._outer.cancel()
+        if self.state == DUE:
+            self._interrupted(self.policy.cleanup_timeout)
 
 
 async def _within(outer: anyio.CancelScope, inner: anyio.CancelScope, work: Coroutine[Any, Any, None]) -> None:

@@ -38,7 +38,9 @@ Races, and why each is harmless:
 from __future__ import annotations
 
 import time
+
 import anyio
+import anyio.lowlevel
 from starlette.types import Message, Receive, Scope, Send
 
 from .exceptions import ClientGone
@@ -177,7 +179,7 @@ class Channel:
                 elif self._writes < MAX_WRITES and now - self._waited_at < MAX_SECONDS:
                     self._writes += 1
                 else:
-                    await anyio.sleep(0)
+                    await anyio.lowlevel.checkpoint()
             else:
                 last = not self._trailers
         elif kind == "http.response.start":
@@ -231,6 +233,7 @@ class Channel:
     def close(self) -> None:
         """The work has ended: whoever still holds on to ``receive`` is told so, no timer is left."""
         self._ended = True
+        self._ahead = None
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 

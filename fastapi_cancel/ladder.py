@@ -50,13 +50,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Generator
-from types import coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from types import MappingProxyType, coroutine
 from typing import Any, Protocol
 
 from starlette.types import Scope
 
-from .policy import Cause, CancelPolicy
+from .policy import CancelPolicy, Cause
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -89,7 +89,7 @@ class Ladder(ABC):
     _restless = True
     _waiting_for: Any = None
     _listeners: tuple[Callable[[], object], ...] = ()
-    _timers: dict[str, Timer] | None = None
+    _timers: Mapping[str, Timer] = MappingProxyType({})
 
     def __init__(self, policy: CancelPolicy, scope: Scope) -> None:
         self.policy = policy
@@ -124,6 +124,7 @@ class Ladder(ABC):
         """Go on under another policy: that of a response. Its ``timeout`` starts now."""
         limit, self.policy = self.policy.timeout, policy
         if policy.timeout != limit:
+            self._stop("limit")
             self._start_limit()
 
     def settle(self) -> None:
@@ -137,10 +138,9 @@ class Ladder(ABC):
 
     def complete(self) -> None:
         """The response is out: what the client does from here on is its own affair."""
-        if self.state < FORCE:
-            self.state = DONE
-            if self._timers:
-                self._stop_timers()
+        self.state = DONE
+        if self._timers:
+            self._stop(*self._timers)
 
     # -- the work ----------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Ladder(ABC):
         self.state = DONE
         self._watch = self._waiting_for = None
         if self._timers:
-            self._stop_timers()
+            self._stop(*self._timers)
 
     def _on_wait(self) -> None:
         self._restless = self.state in (DUE, FORCE)
@@ -256,15 +256,13 @@ class Ladder(ABC):
             self._start("limit", self.policy.timeout, lambda: self.signal("timeout"))
 
     def _start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
-        timers = self._timers = self._timers or {}
-        if name in timers:
-            timers[name].cancel()
-        timers[name] = self.call_later(seconds, function)
+        self._stop(name)
+        self._timers = {**self._timers, name: self.call_later(seconds, function)}
 
-    def _stop_timers(self) -> None:
-        for timer in (self._timers or {}).values():
-            timer.cancel()
-        self._timers = None
+    def _stop(self, *names: str) -> None:
+        for name in names:
+            if (timer := self._timers.get(name)) is not None:
+                timer.cancel()
 
     # -- the seam: how a backend does it -----------------------------------------------------
 
@@ -296,5 +294,5 @@ class Ladder(ABC):
     def _call_soon(self, function: Callable[[], object]) -> None:
         """Call ``function`` once the work's present step is over."""
 
-    def _thrown(self, exc: BaseException) -> None:
+    def _thrown(self, exc: BaseException) -> None:  # noqa: B027
         """The work is about to receive an exception at its wait."""

@@ -15,7 +15,7 @@ from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
 from .exceptions import is_quiet
 from .ladder import Ladder
-from .policy import Cause, CancelPolicy
+from .policy import CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
 """Where the scope keeps its :class:`Protection`; ``None`` there: the endpoint opted out."""
@@ -31,7 +31,7 @@ class Protection:
     :ivar response: the response that the route's handler returned, once it has
     """
 
-    __slots__ = ("ladder", "channel", "response")
+    __slots__ = ("channel", "ladder", "response")
 
     def __init__(self, ladder: Ladder, channel: Channel, response: Response | None) -> None:
         self.ladder = ladder
@@ -59,7 +59,8 @@ async def protect(
     """
     if (around := protection_of(scope)) is not None:
         around.ladder.adopt(policy)
-        return await app(scope, receive, send)
+        await app(scope, receive, send)
+        return
     ladder = ladder_for(policy, scope)
     channel = Channel(scope, receive, send, ladder)
     protection = Protection(ladder, channel, response)

@@ -39,7 +39,7 @@ class Cancellable(Response):
         self._send_timeout = send_timeout
         self._cleanups: list[Cleanup] = []
         self._ladder: Ladder | None = None
-        for function in [cleanup] if callable(cleanup) else cleanup:
+        for function in cleanup if isinstance(cleanup, Iterable) else [cleanup]:
             self.add_cleanup(function)
 
     def add_cleanup(self, function: Callable[P, Awaitable[object]], *args: P.args, **kwargs: P.kwargs) -> None:

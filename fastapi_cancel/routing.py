@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
@@ -68,17 +67,11 @@ class CancellableRoute(APIRoute):
                 if reset is not None:
                     current.reset(reset)
             protection.response = response
-            if isinstance(response, (Cancellable, StreamingResponse)):
-                _close_with_request(response, scope)
+            # To close before the dependencies do, in the task of the request, even if never called.
+            if isinstance(response, Cancellable):
+                scope["fastapi_inner_astack"].push_async_callback(response.aclose)
+            elif isinstance(response, StreamingResponse):
+                scope["fastapi_inner_astack"].push_async_callback(close, response.body_iterator)
             return response
 
         return cancellable_handler
-
-
-def _close_with_request(response: Response, scope: Scope) -> None:
-    """Close before the dependencies do, in the task of the request, even if it is never called."""
-    stack: AsyncExitStack = scope["fastapi_inner_astack"]
-    if isinstance(response, Cancellable):
-        stack.push_async_callback(response.aclose)
-    elif isinstance(response, StreamingResponse):
-        stack.push_async_callback(close, response.body_iterator)

@@ -80,7 +80,8 @@ class Connection:
             self.concurrent_reads -= 1
 
     async def send(self, message: Message) -> None:
-        await self.unblocked.wait()
+        if not self.unblocked.is_set():
+            await self.unblocked.wait()
         if not self.left.is_set():
             self.sent.append(message)
         elif self.raises:

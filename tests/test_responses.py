@@ -1,0 +1,407 @@
+"""The responses on their own, in process: what they refuse, where they stop, that they clean up."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import FastAPI, WebSocket
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
+from fastapi_cancel._closing import close
+from fastapi_cancel.protect import protect
+
+from .asgi import Connection, run_until_left
+
+pytestmark = pytest.mark.anyio
+
+
+async def numbers(count: int = 3) -> AsyncIterator[str]:
+    for number in range(count):
+        yield str(number)
+
+
+async def nothing() -> None: ...
+
+
+class Notes(list[str]):
+    """What happened, in its order."""
+
+    def hook(self, text: str, error: BaseException | None = None) -> Callable[[], Any]:
+        async def note() -> None:
+            await anyio.sleep(0.001)
+            self.append(text)
+            if error is not None:
+                raise error
+
+        return note
+
+
+# -- what they are, and what they refuse ---------------------------------------------------------
+
+
+def test_they_are_starlettes() -> None:
+    """C16."""
+    assert issubclass(CancellableStreamingResponse, StreamingResponse)
+    assert issubclass(CancellableFileResponse, FileResponse)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"content": 5}, TypeError, "content must be a sync or async iterable"),
+        ({"content": b"bytes"}, TypeError, "content must be a sync or async iterable"),
+        ({"content": numbers}, TypeError, "content must be an iterable: call numbers, do not pass it"),
+        ({"send_timeout": 0}, ValueError, "send_timeout must be"),
+        ({"policy": 5}, TypeError, "policy must be a CancelPolicy"),
+        ({"cleanup": [print]}, TypeError, "cleanup must be async callables"),
+        ({"cleanup": [5]}, TypeError, "cleanup must be async callables"),
+        ({"cleanup": 5}, TypeError, "cleanup must be async callables"),
+    ],
+)
+async def test_a_wrong_argument_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CancellableStreamingResponse(**{"content": numbers(), **arguments})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [lambda: numbers(), lambda: ["0", b"1", memoryview(b"2")], lambda: iter("012"), lambda: (str(n) for n in range(3))],
+)
+async def test_any_content_that_starlette_takes(content: Callable[[], Any]) -> None:
+    response = CancellableStreamingResponse(content(), 201, {"x-a": "b"}, "text/plain")
+    connection = Connection()
+    await connection.run(response)
+    assert (connection.status, connection.body) == (201, b"012")
+    assert (b"x-a", b"b") in connection.sent[0]["headers"]
+    assert (b"content-type", b"text/plain; charset=utf-8") in connection.sent[0]["headers"]
+
+
+async def test_as_a_websocket_denial() -> None:
+    """As in Starlette: there is no channel of ours on a WebSocket."""
+    app = FastAPI()
+    notes = Notes()
+
+    @app.websocket("/")
+    async def endpoint(websocket: WebSocket) -> None:
+        response = CancellableStreamingResponse(numbers(), 403, cleanup=notes.hook("cleaned"))
+        await websocket.send_denial_response(response)
+
+    with TestClient(app) as client:
+        with pytest.raises(Exception) as info:  # noqa: PT011
+            with client.websocket_connect("/"):
+                pass
+    assert getattr(info.value, "status_code", None) == 403
+    assert notes == ["cleaned"]
+
+
+# -- where they stop -----------------------------------------------------------------------------
+
+
+async def test_nothing_is_pulled_or_sent_after_the_signal() -> None:
+    """C16: within its grace the generator may finish its step; what that yields is not sent."""
+    connection = Connection()
+    started = anyio.Event()
+    notes = Notes()
+
+    async def content() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            started.set()
+            await connection.left.wait()
+            await anyio.sleep(0.01)
+            yield "second"
+            notes.append("pulled again")
+        finally:
+            await anyio.sleep(0.001)
+            notes.append("closed")
+
+    response = CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4))
+    await run_until_left(connection, response, started)
+    assert connection.body == b"first"
+    assert notes == ["closed"]
+
+
+async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
+    """C11: the client is gone when the response begins."""
+    connection = Connection()
+    connection.leave()
+    notes = Notes()
+
+    async def content() -> AsyncIterator[str]:
+        notes.append("pulled")
+        yield ""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await CancellableStreamingResponse(content(), cleanup=notes.hook("cleaned"))(scope, receive, send)
+
+        await protect(respond, scope, receive, send, CancelPolicy(grace=1))
+
+    await connection.run(app)
+    assert notes == ["cleaned"]
+
+
+# -- cleanup hooks -------------------------------------------------------------------------------
+
+
+async def test_hooks_run_once_after_a_finish_before_the_background_task() -> None:
+    notes = Notes()
+    response = CancellableStreamingResponse(
+        numbers(), background=BackgroundTask(notes.hook("background")), cleanup=[notes.hook("1"), notes.hook("2")]
+    )
+    response.add_cleanup(partial(notes.hook("3")))
+    connection = Connection()
+    await connection.run(response)
+    await response.aclose()
+    assert connection.body == b"012"
+    assert notes == ["3", "2", "1", "background"]
+
+
+async def test_hooks_and_background_run_after_a_disconnect() -> None:
+    """C11, C12."""
+    connection, started, notes = Connection(), anyio.Event(), Notes()
+
+    async def content() -> AsyncIterator[str]:
+        started.set()
+        await anyio.sleep_forever()
+        yield ""
+
+    response = CancellableStreamingResponse(
+        content(), background=BackgroundTask(notes.hook("background")), cleanup=notes.hook("cleaned")
+    )
+    await run_until_left(connection, response, started)
+    assert notes == ["cleaned", "background"]
+
+
+async def test_a_policy_drops_the_background_task() -> None:
+    connection, started, notes = Connection(), anyio.Event(), Notes()
+
+    async def content() -> AsyncIterator[str]:
+        started.set()
+        await anyio.sleep_forever()
+        yield ""
+
+    response = CancellableStreamingResponse(
+        content(), background=BackgroundTask(notes.hook("background")), policy=CancelPolicy(background=False)
+    )
+    await run_until_left(connection, response, started)
+    assert notes == []
+
+
+async def test_a_hook_that_fails_stops_no_other_and_hides_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    notes = Notes()
+
+    async def content() -> AsyncIterator[str]:
+        yield "0"
+        raise KeyError("the original")
+
+    response = CancellableStreamingResponse(
+        content(), cleanup=[notes.hook("1"), notes.hook("2", ValueError("the hook's")), notes.hook("3")]
+    )
+    with pytest.raises(KeyError, match="the original"):
+        await Connection().run(response)
+    assert notes == ["3", "2", "1"]
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "of CancellableStreamingResponse failed" in record.getMessage()
+
+
+async def test_a_hook_that_hangs_is_cut_and_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    notes = Notes()
+
+    async def hangs() -> None:
+        await anyio.sleep_forever()
+
+    response = CancellableStreamingResponse(
+        numbers(), cleanup=[notes.hook("1"), hangs], policy=CancelPolicy(cleanup_timeout=0.02)
+    )
+    await Connection().run(response)
+    assert notes == ["1"]
+    assert "not finished after 0.02 s" in caplog.text
+
+
+async def test_a_client_that_leaves_during_the_hooks_stops_none(anyio_backend: str) -> None:
+    """The response has failed; its hooks are not cancelled on top of it."""
+    connection, started, notes = Connection(), anyio.Event(), Notes()
+
+    async def content() -> AsyncIterator[str]:
+        yield "0"
+        raise KeyError
+
+    async def hook() -> None:
+        started.set()
+        await anyio.sleep(0.02)
+        notes.append("slow")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with pytest.raises(KeyError):
+            await CancellableStreamingResponse(content(), cleanup=[notes.hook("last"), hook])(scope, receive, send)
+
+    await run_until_left(connection, app, started)
+    assert notes == ["slow", "last"]
+
+
+def test_a_native_cancellation_cuts_one_hook_short_and_not_the_rest() -> None:
+    import asyncio
+
+    notes = Notes()
+
+    async def main() -> None:
+        started = anyio.Event()
+
+        async def hook() -> None:
+            started.set()
+            await anyio.sleep_forever()
+
+        response = CancellableStreamingResponse(numbers(), cleanup=[notes.hook("last"), hook])
+        task = asyncio.create_task(Connection().run(response))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    anyio.run(main)
+    assert notes == ["last"]
+
+
+# -- closing -------------------------------------------------------------------------------------
+
+
+async def test_a_generator_is_closed_in_its_own_task() -> None:
+    """C11: a task group that spans the `yield` can only be left by the task that entered it."""
+    connection, started, notes = Connection(), anyio.Event(), Notes()
+
+    async def content() -> AsyncIterator[str]:
+        async with anyio.create_task_group():
+            try:
+                yield "first"
+                started.set()
+                yield "second"
+                await anyio.sleep_forever()
+            finally:
+                notes.append("closed")
+
+    await run_until_left(connection, CancellableStreamingResponse(content()), started)
+    assert notes == ["closed"]
+
+
+async def test_a_wrapped_body_is_closed_through_and_through() -> None:
+    notes = Notes()
+
+    async def content() -> AsyncIterator[Any]:
+        try:
+            yield "0"
+            yield 1
+        finally:
+            notes.append("content")
+
+    async def wrap(inner: Any) -> AsyncIterator[Any]:
+        try:
+            async for chunk in inner:
+                yield chunk
+        finally:
+            notes.append("wrapper")
+
+    response = CancellableStreamingResponse(content())
+    response.body_iterator = wrap(response.body_iterator)
+    with pytest.raises(AttributeError, match="encode"):
+        await Connection().run(response)
+    assert notes == ["wrapper", "content"]
+
+
+async def test_a_generator_that_fails_to_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    notes = Notes()
+
+    async def content() -> AsyncIterator[Any]:
+        try:
+            yield 1
+        finally:
+            raise ValueError("in the generator's cleanup")
+
+    response = CancellableStreamingResponse(content(), cleanup=notes.hook("cleaned"))
+    with pytest.raises(AttributeError, match="encode"):
+        await Connection().run(response)
+    assert "in the generator's cleanup" in caplog.text
+    assert notes == ["cleaned"]
+
+
+async def test_a_synchronous_generator_is_closed_in_a_thread() -> None:
+    """C9: also the one inside Starlette's wrapper, before and after its first step."""
+    notes = Notes()
+
+    def content() -> Iterator[str]:
+        try:
+            yield "0"
+            yield "1"
+        finally:
+            notes.append(str(threading.current_thread() is threading.main_thread()))
+
+    response = StreamingResponse(content())
+    assert await anext(aiter(response.body_iterator)) == "0"
+    await close(response.body_iterator)
+    assert notes == ["False"]
+
+    unstarted = StreamingResponse(content())
+    await close(unstarted.body_iterator)
+    await close(unstarted.body_iterator)
+    assert notes == ["False"]
+    await close(iter([]))
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+async def test_a_file_and_its_cleanup(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("content")
+    notes = Notes()
+    response = CancellableFileResponse(
+        path, filename="x.txt", cleanup=[notes.hook("cleaned")], background=BackgroundTask(notes.hook("background"))
+    )
+    connection = Connection()
+    await connection.run(response)
+    assert connection.body == b"content"
+    assert notes == ["cleaned", "background"]
+
+
+async def test_a_file_refuses_a_wrong_argument() -> None:
+    with pytest.raises(ValueError, match="send_timeout"):
+        CancellableFileResponse("x", send_timeout=-1)
+
+
+# -- on routes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route_class", [None, CancellableRoute])
+async def test_on_any_route_of_any_app(route_class: type[CancellableRoute] | None) -> None:
+    async def endpoint(request: Request) -> Response:
+        return CancellableStreamingResponse(numbers(), send_timeout=5)
+
+    async def fastapi_endpoint() -> Response:
+        return CancellableStreamingResponse(numbers(), send_timeout=5)
+
+    if route_class is None:
+        app: Any = Starlette(routes=[Route("/", endpoint)])
+    else:
+        app = FastAPI()
+        app.router.route_class = route_class
+        app.add_api_route("/", fastapi_endpoint)
+    connection = Connection()
+    await connection.run(app)
+    assert connection.body == b"012"

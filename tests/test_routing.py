@@ -1,0 +1,408 @@
+"""`CancellableRoute`, in process: what the real servers cannot show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse
+from starlette.exceptions import HTTPException
+
+from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, cancel_policy, never_cancel
+from fastapi_cancel.protect import protection_of
+
+from .asgi import Connection, run_until_left
+
+pytestmark = pytest.mark.anyio
+
+
+def serve(endpoint: Any, policy: CancelPolicy | None = None, **arguments: Any) -> FastAPI:
+    app = FastAPI()
+    route_class = CancellableRoute.with_policy(policy) if policy else CancellableRoute
+    router = APIRouter(route_class=route_class)
+    router.add_api_route("/", endpoint, **arguments)
+    app.include_router(router)
+    return app
+
+
+async def test_a_route_keeps_its_endpoint() -> None:
+    """C15."""
+
+    async def endpoint() -> None: ...
+
+    router = APIRouter(route_class=CancellableRoute)
+    router.add_api_route("/", endpoint)
+    (route,) = router.routes
+    assert isinstance(route, CancellableRoute)
+    assert route.endpoint is endpoint
+
+
+async def test_a_client_gone_while_nothing_was_sent_is_answered_with_499() -> None:
+    """C13: for middleware and access logs; nobody else will see it."""
+    connection, started = Connection(), anyio.Event()
+    statuses: list[int] = []
+
+    async def endpoint() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    app = serve(endpoint)
+
+    async def observing(scope: Any, receive: Any, send: Any) -> None:
+        async def observe(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            await send(message)
+
+        await app(scope, receive, observe)
+
+    connection.raises = True
+    await run_until_left(connection, observing, started)
+    assert statuses == [499]
+
+
+@pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 503), ("shutdown", 503)])
+async def test_a_client_that_still_waits_is_answered(cause: Any, status: int) -> None:
+    async def endpoint(request: Request) -> None:
+        protection = protection_of(request.scope)
+        assert protection is not None
+        protection.ladder.signal(cause)
+        await anyio.sleep_forever()
+
+    app = serve(endpoint)
+
+    @app.exception_handler(HTTPException)
+    async def handle(request: Request, exc: HTTPException) -> Response:
+        return Response(f"my {exc.status_code}", exc.status_code)
+
+    connection = Connection()
+    await connection.run(app)
+    assert (connection.status, connection.body) == (status, f"my {status}".encode())
+
+
+async def test_a_real_error_of_the_cleanup_reaches_the_server() -> None:
+    connection, started = Connection(), anyio.Event()
+
+    async def endpoint() -> None:
+        try:
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            raise ValueError("the cleanup failed")
+
+    with pytest.raises(ExceptionGroup) as info:
+        await run_until_left(connection, serve(endpoint), started)
+    assert info.group_contains(ValueError, match="the cleanup failed")
+
+
+async def test_an_exception_handler_for_the_disconnect_does_not_make_it_loud() -> None:
+    """Starlette raises "Caught handled exception, but response already started." from it."""
+    connection, started = Connection(), anyio.Event()
+
+    async def content() -> AsyncIterator[str]:
+        yield "first"
+        started.set()
+        await connection.left.wait()
+        await anyio.sleep(0.01)
+        yield "second"
+
+    async def endpoint() -> Response:
+        return StreamingResponse(content())
+
+    app = serve(endpoint, CancelPolicy(grace=4))
+
+    @app.exception_handler(Exception)
+    @app.exception_handler(OSError)
+    async def handle(request: Request, exc: Exception) -> Response:
+        raise AssertionError("not for this")
+
+    from starlette.requests import ClientDisconnect
+
+    app.add_exception_handler(ClientDisconnect, handle)
+    await run_until_left(connection, app, started)
+    assert connection.body == b"first"
+
+
+async def test_a_group_of_disconnects_is_silent() -> None:
+    """C2: `send` raises in a task of the response's own, too."""
+    connection, started = Connection(), anyio.Event()
+
+    class InTasks(Response):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+            async def stream() -> None:
+                await connection.left.wait()
+                while True:
+                    await anyio.sleep(0.001)
+                    await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(stream)
+                group.start_soon(stream)
+                started.set()
+
+    async def endpoint() -> Response:
+        return InTasks()
+
+    await run_until_left(connection, serve(endpoint, CancelPolicy(grace=4)), started)
+
+
+# -- background tasks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [CancelPolicy(), CancelPolicy(background=False)])
+async def test_background_tasks_after_a_disconnect(policy: CancelPolicy) -> None:
+    """C12: a rule, not an accident."""
+    connection, started = Connection(), anyio.Event()
+    seen = []
+
+    async def background() -> None:
+        await anyio.sleep(0.01)
+        seen.append("background")
+
+    async def content() -> AsyncIterator[str]:
+        yield "first"
+        started.set()
+        await anyio.sleep_forever()
+
+    async def endpoint(tasks: BackgroundTasks) -> Response:
+        tasks.add_task(background)
+        return StreamingResponse(content())
+
+    await run_until_left(connection, serve(endpoint, policy), started)
+    assert seen == (["background"] if policy.background else [])
+
+
+# -- endpoints that yield ------------------------------------------------------------------------
+
+
+class Streams:
+    """An endpoint object whose `__call__` yields."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+        self.started = anyio.Event()
+
+    async def __call__(self) -> AsyncIterator[str]:
+        try:
+            yield "first"
+            self.started.set()
+            await anyio.sleep_forever()
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("wrap", [lambda streams: streams, partial, lambda streams: streams.__call__])
+@pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
+async def test_any_callable_that_yields(wrap: Any, arguments: dict[str, Any]) -> None:
+    streams = Streams()
+    app = serve(wrap(streams), name="streams", **arguments)
+    await run_until_left(Connection(), app, streams.started)
+    assert streams.closed == 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
+async def test_a_generator_is_closed_before_its_dependencies(arguments: dict[str, Any]) -> None:
+    started, seen = anyio.Event(), []
+
+    async def session() -> AsyncIterator[str]:
+        yield "session"
+        seen.append("session closed")
+
+    async def open_session() -> AsyncIterator[str]:
+        try:
+            yield "session"
+        finally:
+            seen.append("session closed")
+
+    async def endpoint(session: str = Depends(open_session)) -> AsyncIterator[str]:
+        try:
+            yield "first"
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            seen.append("generator closed")
+
+    await run_until_left(Connection(), serve(endpoint, **arguments), started)
+    assert seen == ["generator closed", "session closed"]
+    del session
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)  # Trio lets no nursery span a `yield`
+async def test_an_sse_generator_that_waits_at_its_yield_is_closed_in_its_own_task() -> None:
+    """C11, C21: a task group across the `yield` proves it. The consumer is stuck in `send`."""
+    connection, started, seen = Connection(), anyio.Event(), []
+
+    async def endpoint() -> AsyncIterator[str]:
+        async with anyio.create_task_group():
+            try:
+                for number in range(10):
+                    if number == 2:
+                        connection.unblocked = anyio.Event()
+                    if number == 4:
+                        started.set()
+                    yield str(number)
+            finally:
+                seen.append("closed")
+
+    app = serve(endpoint, response_class=EventSourceResponse)
+    await run_until_left(connection, app, started)
+    assert seen == ["closed"]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
+async def test_a_generator_that_finishes(arguments: dict[str, Any]) -> None:
+    async def endpoint() -> AsyncIterator[int]:
+        for number in range(100):
+            yield number
+
+    connection = Connection()
+    await connection.run(serve(endpoint, **arguments))
+    assert connection.body.count(b"\n") == (200 if arguments else 100)
+    assert b"99" in connection.body
+
+
+async def test_an_error_of_an_sse_generator_reaches_the_server() -> None:
+    async def endpoint() -> AsyncIterator[int]:
+        yield 1
+        raise KeyError("the generator's")
+
+    with pytest.raises((KeyError, ExceptionGroup)):
+        await Connection().run(serve(endpoint, response_class=EventSourceResponse))
+
+
+async def test_an_sse_generator_whose_items_cannot_be_serialised_is_closed() -> None:
+    """Nobody left and nobody signalled: the pulling task failed."""
+    seen = []
+
+    async def endpoint() -> AsyncIterator[Any]:
+        try:
+            yield 1
+            yield sys
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.001)
+                seen.append("closed")
+
+    with anyio.fail_after(5):
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            await Connection().run(serve(endpoint, response_class=EventSourceResponse))
+    assert seen == ["closed"]
+
+
+async def test_an_sse_endpoint_that_opted_out_is_fastapis_own() -> None:
+    @never_cancel
+    async def endpoint() -> AsyncIterator[int]:
+        yield 1
+
+    connection = Connection()
+    await connection.run(serve(endpoint, response_class=EventSourceResponse))
+    assert connection.body == b"data: 1\n\n"
+
+
+async def test_the_grace_of_an_sse_generator() -> None:
+    started, seen = anyio.Event(), []
+
+    @cancel_policy(grace=4)
+    async def endpoint() -> AsyncIterator[int]:
+        yield 1
+        started.set()
+        await anyio.sleep(0.02)
+        seen.append("finished its step")
+        yield 2
+
+    await run_until_left(Connection(), serve(endpoint, response_class=EventSourceResponse), started)
+    assert seen == ["finished its step"]
+
+
+async def test_a_synchronous_generator_endpoint() -> None:
+    seen = []
+
+    def endpoint() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            seen.append("closed")
+
+    connection = Connection()
+    await connection.run(serve(endpoint))
+    assert connection.body == b"1\n"
+    assert seen == ["closed"]
+
+
+# -- nesting -------------------------------------------------------------------------------------
+
+
+async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
+    """C1: `Connection` fails on a second reader; the policy of the response holds."""
+    connection, started, seen = Connection(once=True), anyio.Event(), []
+
+    async def content() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.01)
+                seen.append("closed")
+
+    async def hook() -> None:
+        await anyio.sleep(0.001)
+        seen.append("cleaned")
+
+    async def endpoint(request: Request) -> Response:
+        protection = protection_of(request.scope)
+        assert protection is not None
+        seen.append(protection.ladder.policy.cleanup_timeout)
+        response = CancellableStreamingResponse(content(), policy=CancelPolicy(cleanup_timeout=7), cleanup=hook)
+        seen.append(response._active_policy().cleanup_timeout)
+        return response
+
+    await run_until_left(connection, serve(endpoint), started)
+    assert seen == [30.0, 7, "closed", "cleaned"]
+
+
+async def test_a_response_that_is_never_called_cleans_up() -> None:
+    """C11: a dependency fails between the handler and the response."""
+    seen = []
+
+    async def failing() -> AsyncIterator[None]:
+        yield
+        raise KeyError("on the way out")
+
+    async def hook() -> None:
+        seen.append("cleaned")
+
+    async def content() -> AsyncIterator[str]:
+        yield "never"
+
+    async def endpoint() -> Response:
+        return CancellableStreamingResponse(content(), cleanup=hook)
+
+    app = serve(endpoint, dependencies=[Depends(failing, scope="function")])
+    with pytest.raises(KeyError, match="on the way out"):
+        await Connection().run(app)
+    assert seen == ["cleaned"]
+
+
+async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
+    async def content() -> AsyncIterator[str]:
+        yield "first"
+        await anyio.sleep(0.05)
+        yield "second"
+
+    async def endpoint() -> Response:
+        return CancellableStreamingResponse(content(), policy=CancelPolicy())
+
+    connection = Connection()
+    await connection.run(serve(endpoint, CancelPolicy(timeout=0.02)))
+    assert connection.body == b"firstsecond"
