@@ -57,7 +57,7 @@ def closing(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     # FastAPI looks through these for the parameters, for the name, and for whether it yields.
     opening.__signature__ = inspect.signature(endpoint)  # type: ignore[attr-defined]
     opening.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
-    opening.__wrapped__ = function  # type: ignore[attr-defined]
+    opening.__wrapped__ = function
     return opening
 
 

@@ -88,20 +88,13 @@ def tasks() -> list[str]:
         names = [task.name for task in _descendants(trio.lowlevel.current_root_task())]
     else:
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        names = [f"{coro.__module__}.{coro.__qualname__}" for task in others if (coro := _function(task))]
+        names = [_function(task) for task in others]
     return [name for name in names if name.startswith(("fastapi", "starlette", "tests"))]
 
 
-def _function(task: asyncio.Task[Any]) -> Any:
+def _function(task: asyncio.Task[Any]) -> str:
     frame = getattr(task.get_coro(), "cr_frame", None)
-    if frame is None:
-        return None
-
-    class Named:
-        __module__ = str(frame.f_globals.get("__name__"))
-        __qualname__ = frame.f_code.co_qualname
-
-    return Named
+    return f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}" if frame is not None else ""
 
 
 def _descendants(task: Any) -> Iterator[Any]:

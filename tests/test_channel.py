@@ -98,7 +98,7 @@ async def test_another_expectation_is_none_of_ours() -> None:
 async def test_receive_goes_on_answering_that_the_client_has_left(once: bool) -> None:
     """C2: also on servers that say it once."""
     connection = Connection(once=once)
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["type"] == "http.request"
@@ -114,7 +114,7 @@ async def test_receive_goes_on_answering_that_the_client_has_left(once: bool) ->
 async def test_send_raises_once_the_client_has_left(raises: bool) -> None:
     """C2, C13: as an `OSError`, and nothing of it reaches the server."""
     connection = Connection(raises=raises)
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         started.set()
@@ -158,7 +158,7 @@ async def test_the_application_sees_an_asgi_2_4_server() -> None:
 async def test_oserror_from_receive_means_gone() -> None:
     """C6."""
     connection = Connection(error=ConnectionResetError("by peer"))
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         started.set()
@@ -186,7 +186,7 @@ async def test_oserror_in_a_task_group_of_the_middleware_means_gone() -> None:
 async def test_another_error_from_receive_reaches_whoever_reads(error: Exception) -> None:
     """C6: the watcher keeps it; a handler that never reads is not disturbed."""
     connection = Connection(error=error)
-    seen = []
+    seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await turns()
@@ -222,7 +222,7 @@ async def test_an_upload_cut_in_the_middle_is_one_interruption() -> None:
     """C7: `ClientDisconnect`, and then no cancellation on top of it."""
     connection = Connection(body=[b"a", b"b"])
     connection.pieces = [b"a", b"b"]
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -265,7 +265,7 @@ async def test_a_second_reader_waits_for_the_first() -> None:
     connection = Connection(body=[])
     connection.pieces = []
     started = anyio.Event()
-    seen = []
+    seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         async def read() -> None:
@@ -286,7 +286,7 @@ async def test_a_peek_takes_nothing_from_the_server() -> None:
     """C2: `is_disconnected` asks under a cancelled scope."""
     connection = Connection(once=True)
     started = anyio.Event()
-    seen = []
+    seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -305,7 +305,7 @@ async def test_a_peek_takes_nothing_from_the_server() -> None:
 async def test_a_complete_response_is_not_a_disconnect() -> None:
     """C5: the background task is not cancelled, whatever `receive` says then."""
     connection = Connection()
-    seen = []
+    seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send)
@@ -321,7 +321,7 @@ async def test_a_complete_response_is_not_a_disconnect() -> None:
 
 
 async def test_trailers_and_pathsend_complete_a_response() -> None:
-    seen = []
+    seen: list[Any] = []
 
     async def with_trailers(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [], "trailers": True})
@@ -361,7 +361,7 @@ async def test_a_client_that_leaves_before_the_trailers_has_left() -> None:
 async def test_a_disconnect_while_the_last_message_goes_out_is_the_end() -> None:
     """uvicorn answers http.disconnect as soon as the response is complete."""
     connection = Connection()
-    seen = []
+    seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await turns()
@@ -386,7 +386,7 @@ async def test_a_disconnect_while_the_last_message_goes_out_is_the_end() -> None
 async def test_a_client_that_stops_reading_is_given_up() -> None:
     """C18: cause `stalled`, one timer for many sends."""
     connection = Connection()
-    seen = []
+    seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})

@@ -91,7 +91,7 @@ async def run(kind: str, work: Work, started: anyio.Event, cause: Any = "disconn
 
 async def test_the_work_is_cancelled_once_and_its_cleanup_awaits(kind: str, edge: bool) -> None:
     """C7."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         try:
@@ -142,7 +142,7 @@ async def test_the_cancellation_comes_in_the_next_turn_or_two(kind: str) -> None
 async def test_a_swallowed_cancellation_is_forced_at_the_deadline(
     kind: str, edge: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         for _ in range(3):
@@ -167,7 +167,7 @@ async def test_a_work_behind_a_shield_is_reported_and_not_torn_down(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """C8."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         with anyio.CancelScope(shield=True):
@@ -183,7 +183,7 @@ async def test_a_work_behind_a_shield_is_reported_and_not_torn_down(
 
 async def test_threads_are_waited_for(kind: str) -> None:
     """C8, C9."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         def thread() -> None:
@@ -201,7 +201,7 @@ async def test_threads_are_waited_for(kind: str) -> None:
 @edges
 async def test_tasks_that_the_work_awaits_are_cancelled_once(kind: str, edge: bool) -> None:
     """Also when the cancellation had to wait for a shield."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def job() -> None:
         try:
@@ -223,7 +223,7 @@ async def test_tasks_that_the_work_awaits_are_cancelled_once(kind: str, edge: bo
 @edges
 async def test_a_result_that_has_arrived_is_not_lost(kind: str, edge: bool) -> None:
     """A connection that the pool has handed out must reach whoever gives it back."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
     connection: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def work() -> None:
@@ -245,7 +245,7 @@ async def test_a_result_that_has_arrived_is_not_lost(kind: str, edge: bool) -> N
 
 
 async def test_a_timeout_of_the_works_own_is_left_alone(kind: str) -> None:
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         with anyio.move_on_after(0.01):
@@ -262,7 +262,7 @@ async def test_a_timeout_of_the_works_own_is_left_alone(kind: str) -> None:
 
 
 async def test_timeouts_work_inside_the_cleanup(kind: str, edge: bool) -> None:
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         try:
@@ -286,7 +286,7 @@ async def test_timeouts_work_inside_the_cleanup(kind: str, edge: bool) -> None:
 @edges
 async def test_a_signal_while_a_timeout_of_the_work_unwinds(kind: str, edge: bool) -> None:
     """The work is interrupted already; ours waits until that is over."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def work() -> None:
         try:
@@ -306,7 +306,7 @@ async def test_a_signal_while_a_timeout_of_the_work_unwinds(kind: str, edge: boo
 
 
 async def test_grace(kind: str) -> None:
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def finishes() -> None:
         started.set()
@@ -328,7 +328,7 @@ async def test_grace(kind: str) -> None:
 
 async def test_complete_wins_over_a_cancellation_that_is_due(kind: str) -> None:
     """C5."""
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
     ladders: list[Ladder] = []
 
     async def work() -> None:
@@ -389,7 +389,7 @@ async def test_causes_that_the_policy_leaves_out_are_ignored(kind: str) -> None:
 async def test_settle_spares_the_cancellation(kind: str) -> None:
     """C7: the work unwinds from its own error when the cancellation would come."""
     ladder = make(kind)
-    seen = []
+    seen: list[Any] = []
 
     async def work() -> None:
         try:
@@ -465,7 +465,7 @@ async def test_an_error_of_the_cleanup_passes(kind: str, edge: bool) -> None:
 @native
 async def test_closing_the_coroutine_closes_the_work(kind: str) -> None:
     """As an event loop does that is closed over its tasks."""
-    seen = []
+    seen: list[Any] = []
 
     async def work() -> None:
         try:
@@ -486,7 +486,7 @@ async def test_closing_the_coroutine_closes_the_work(kind: str) -> None:
 # -- C14: cancellation from outside --------------------------------------------------------------
 
 
-async def outside(kind: str, work: Work, before: Callable[[Ladder], None] = lambda ladder: None) -> bool:
+async def outside(kind: str, work: Work, before: Callable[[Ladder], object] = bool) -> bool:
     """Run ``work`` in a task that is cancelled natively. Whether the cancellation came through."""
     started = asyncio.Event()
     ladders: list[Ladder] = []
@@ -511,7 +511,7 @@ async def outside(kind: str, work: Work, before: Callable[[Ladder], None] = lamb
 
 @edges
 async def test_a_native_cancellation_goes_through_untouched(kind: str, anyio_backend: str) -> None:
-    seen = []
+    seen: list[Any] = []
 
     async def work() -> None:
         try:
@@ -535,7 +535,7 @@ async def test_a_native_cancellation_in_the_same_turn_as_ours_is_not_swallowed(k
 
 @edges
 async def test_a_native_cancellation_during_the_cleanup_goes_through(kind: str) -> None:
-    started, seen = asyncio.Event(), []
+    started, seen = asyncio.Event(), list[Any]()
     tasks: list[asyncio.Task[None]] = []
 
     async def work() -> None:
@@ -565,7 +565,7 @@ async def test_a_native_cancellation_during_the_cleanup_goes_through(kind: str) 
 @scoped
 async def test_a_scope_further_out_reaches_the_work_once(kind: str) -> None:
     """A task group around, as BaseHTTPMiddleware's: AnyIO would cancel the cleanup at each await."""
-    seen = []
+    seen: list[Any] = []
 
     async def work() -> None:
         try:
@@ -586,7 +586,7 @@ async def test_a_scope_further_out_reaches_the_work_once(kind: str) -> None:
 
 @scoped
 async def test_a_scope_further_out_waits_for_the_cleanup_of_a_cancelled_work(kind: str) -> None:
-    seen = []
+    seen: list[Any] = []
 
     async def work() -> None:
         try:
@@ -609,12 +609,12 @@ async def test_a_fresh_cancelled_error_is_recognised_as_ours(kind: str) -> None:
     started = anyio.Event()
 
     async def work() -> None:
+        fresh = asyncio.CancelledError()
         try:
             started.set()
             await asyncio.sleep(60)
-        except asyncio.CancelledError as exc:
-            exc.__context__ = None
-            fresh = asyncio.CancelledError()
+        except asyncio.CancelledError:
+            pass
         raise fresh
 
     await run(kind, work, started)

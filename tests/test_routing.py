@@ -161,7 +161,7 @@ async def test_a_group_of_disconnects_is_silent() -> None:
 async def test_background_tasks_after_a_disconnect(policy: CancelPolicy) -> None:
     """C12: a rule, not an accident."""
     connection, started = Connection(), anyio.Event()
-    seen = []
+    seen: list[Any] = []
 
     async def background() -> None:
         await anyio.sleep(0.01)
@@ -210,7 +210,7 @@ async def test_any_callable_that_yields(wrap: Any, arguments: dict[str, Any]) ->
 
 @pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
 async def test_a_generator_is_closed_before_its_dependencies(arguments: dict[str, Any]) -> None:
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     async def session() -> AsyncIterator[str]:
         yield "session"
@@ -238,7 +238,7 @@ async def test_a_generator_is_closed_before_its_dependencies(arguments: dict[str
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)  # Trio lets no nursery span a `yield`
 async def test_an_sse_generator_that_waits_at_its_yield_is_closed_in_its_own_task() -> None:
     """C11, C21: a task group across the `yield` proves it. The consumer is stuck in `send`."""
-    connection, started, seen = Connection(), anyio.Event(), []
+    connection, started, seen = Connection(), anyio.Event(), list[Any]()
 
     async def endpoint() -> AsyncIterator[str]:
         async with anyio.create_task_group():
@@ -280,7 +280,7 @@ async def test_an_error_of_an_sse_generator_reaches_the_server() -> None:
 
 async def test_an_sse_generator_whose_items_cannot_be_serialised_is_closed() -> None:
     """Nobody left and nobody signalled: the pulling task failed."""
-    seen = []
+    seen: list[Any] = []
 
     async def endpoint() -> AsyncIterator[Any]:
         try:
@@ -309,7 +309,7 @@ async def test_an_sse_endpoint_that_opted_out_is_fastapis_own() -> None:
 
 
 async def test_the_grace_of_an_sse_generator() -> None:
-    started, seen = anyio.Event(), []
+    started, seen = anyio.Event(), list[Any]()
 
     @cancel_policy(grace=4)
     async def endpoint() -> AsyncIterator[int]:
@@ -324,7 +324,7 @@ async def test_the_grace_of_an_sse_generator() -> None:
 
 
 async def test_a_synchronous_generator_endpoint() -> None:
-    seen = []
+    seen: list[Any] = []
 
     def endpoint() -> Iterator[int]:
         try:
@@ -343,7 +343,7 @@ async def test_a_synchronous_generator_endpoint() -> None:
 
 async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
     """C1: `Connection` fails on a second reader; the policy of the response holds."""
-    connection, started, seen = Connection(once=True), anyio.Event(), []
+    connection, started, seen = Connection(once=True), anyio.Event(), list[Any]()
 
     async def content() -> AsyncIterator[str]:
         try:
@@ -373,7 +373,7 @@ async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
 
 async def test_a_response_that_is_never_called_cleans_up() -> None:
     """C11: a dependency fails between the handler and the response."""
-    seen = []
+    seen: list[Any] = []
 
     async def failing() -> AsyncIterator[None]:
         yield
