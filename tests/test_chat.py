@@ -206,21 +206,23 @@ def test_bad_name_is_refused(demo: Demo, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "field"),
+    ("message", "field", "reason"),
     [
-        ({"key": "k", "text": ""}, "text"),
-        ({"key": "k", "text": " \n "}, "text"),
-        ({"key": "k", "text": "x" * 2001}, "text"),
-        ({"key": "k", "text": 7}, "text"),
-        ({"key": "k"}, "text"),
-        ({"text": "hello"}, "key"),
+        ({"key": "k", "text": ""}, "text", "at least 1 character"),
+        ({"key": "k", "text": " \n "}, "text", "at least 1 character"),
+        ({"key": "k", "text": "x" * 2001}, "text", "at most 2000 characters"),
+        ({"key": "k", "text": "\u200b"}, "text", "can be seen"),
+        ({"key": "k", "text": 7}, "text", "valid string"),
+        ({"key": "k"}, "text", "required"),
+        ({"text": "hello"}, "key", "required"),
     ],
-    ids=["empty", "blank", "long", "number", "missing", "no-key"],
+    ids=["empty", "blank", "long", "invisible", "number", "missing", "no-key"],
 )
-def test_bad_message_is_refused(demo: Demo, message: dict[str, Any], field: str) -> None:
+def test_bad_message_is_refused(demo: Demo, message: dict[str, Any], field: str, reason: str) -> None:
     status, answer = demo.post(message)
     assert status == 422
     assert [each["loc"] for each in answer["detail"]] == [["body", field]]
+    assert reason in answer["detail"][0]["msg"]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ Name = Annotated[
 ]
 Text = Annotated[
     str,
-    BeforeValidator(encodable),
     StringConstraints(strip_whitespace=True, min_length=1, max_length=2000),
+    BeforeValidator(encodable),  # runs first; placed above, it would make the constraints' errors speak of "items"
     AfterValidator(visible),
 ]
 
