@@ -28,6 +28,10 @@ fastapi-suite: $(VENV)/.installed
 lower: $(VENV)/.installed
 	$(BIN)/python scripts/lower.py
 
+# The documentation is plain Markdown: run its examples, follow its links.
+docs: $(VENV)/.installed
+	$(BIN)/pytest tests/test_docs.py
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 

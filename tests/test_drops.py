@@ -43,6 +43,16 @@ def test_cleanup_awaits_after_disconnect(running: Start, server: str, middleware
         assert live.json("/stats")["statuses"] == [expected] * 5 * middleware
 
 
+@pytest.mark.parametrize("server", ["hypercorn", "granian"])
+def test_access_logs_see_499(running: Start, server: str) -> None:
+    """C13: of the others, uvicorn and Daphne log nothing and gunicorn its own 500, whatever is sent."""
+    live = running(server)
+    (client,) = open_all(live, "/handler", 1)
+    client.abort()
+    live.wait_for_text(" 499 ")
+    assert_nothing_left(live)
+
+
 @pytest.mark.parametrize("path", WORK)
 def test_cleanup_awaits_on_trio(running: Start, path: str) -> None:
     """C8: the same through Hypercorn's Trio worker."""
