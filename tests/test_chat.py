@@ -49,7 +49,11 @@ class Demo(ExitStack):
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
         self.callback(self.process.wait)
         self.callback(self.process.kill)
-        self.port = self._printed_port()
+        try:
+            self.port = self._printed_port()
+        except BaseException:
+            self.close()
+            raise
 
     def _printed_port(self) -> int:
         end = time.monotonic() + DEADLINE
