@@ -86,7 +86,7 @@ async def _cpu_of(app: FastAPI, calls: list[Call]) -> float:
 
 
 async def _turn_until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 (turns of the loop are what counts here)
+    while not condition():
         await asyncio.sleep(0)
 
 

@@ -33,7 +33,7 @@ def run(quick: bool) -> Section:
         for app in apps.values():
             answer(loop, app, path)
         variants = {name: partial(cpu_of, loop, app, path, CALLS) for name, app in apps.items()}
-        costs = interleave(variants, rounds=30 if quick else 150, warm=5)
+        costs = interleave(variants, rounds=20 if quick else 100, warm=5)
         for who, value in ratios(costs).items():
             if who == OURS and budget is not None:
                 section.rows.append(at_most(what, who, value, budget))
