@@ -178,14 +178,13 @@ async def stream_on_plain_route() -> Response:
 
 
 @router.post("/upload")
-async def upload(request: Request, pause: float = 0) -> dict[str, int]:
+async def upload(request: Request, pause: float = 0, stall: float = 0) -> dict[str, int]:
     state["started"] += 1
     size = peak = 0
     try:
         async for chunk in request.stream():
+            await anyio.sleep(pause if size else stall)
             size += len(chunk)
-            if pause:
-                await anyio.sleep(pause)
             peak = max(peak, memory())
             state["seen"][:] = [size, peak]
     except ClientDisconnect as exc:
@@ -367,7 +366,7 @@ async def many_tasks() -> None:
             state["seen"].append("job")
 
     try:
-        await asyncio.gather(job(), asyncio.create_task(job()))
+        await asyncio.gather(job(), asyncio.create_task(job()), return_exceptions=True)
     finally:
         await cleanup()
 

@@ -411,18 +411,18 @@ async def test_a_slow_reader_within_the_limit_is_served() -> None:
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         async with anyio.create_task_group() as group:
-            for _ in range(4):
+            for _ in range(5):
                 connection.unblocked = anyio.Event()
                 group.start_soon(unblock_later)
                 await send({"type": "http.response.body", "body": b"x", "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     async def unblock_later() -> None:
-        await anyio.sleep(0.04)
+        await anyio.sleep(0.3)
         connection.unblocked.set()
 
-    await connection.run(protected(work, send_timeout=0.1))
-    assert connection.body == b"xxxx"
+    await connection.run(protected(work, send_timeout=1))
+    assert connection.body == b"xxxxx"
 
 
 async def test_a_producer_that_never_waits_gives_way() -> None:

@@ -135,6 +135,25 @@ async def test_nothing_is_pulled_or_sent_after_the_signal() -> None:
     assert notes == ["closed"]
 
 
+async def test_nothing_is_sent_after_the_signal_to_a_client_that_is_still_there() -> None:
+    """C16: a time limit, and a generator that uses its grace."""
+    notes = Notes()
+
+    async def content() -> AsyncIterator[str]:
+        try:
+            yield "first"
+            await anyio.sleep(0.05)
+            yield "second"
+            notes.append("pulled again")
+        finally:
+            notes.append("closed")
+
+    connection = Connection()
+    await connection.run(CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4)))
+    assert connection.body == b"first"
+    assert notes == ["closed"]
+
+
 async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
     """C11: the client is gone when the response begins."""
     connection = Connection()
