@@ -76,6 +76,7 @@ def build(variant: str, layers: int = 0) -> FastAPI:
         return {"hello": "world"}
 
     @router.get("/wait")
+    @router.get("/wait-long")
     @guard
     async def wait() -> dict[str, str]:
         future = asyncio.get_running_loop().create_future()

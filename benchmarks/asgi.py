@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from .apps import gate
 
 BODY = b'{"name": "a thing", "price": 12.5, "tags": ["new", "blue", "round"]}'
+LONG = 0.01  # seconds
 
 
 class Call:
@@ -72,10 +73,12 @@ async def _cpu_of(app: FastAPI, calls: list[Call]) -> float:
     loop = asyncio.get_running_loop()
     begin = time.process_time()
     tasks = [loop.create_task(app(call.scope, call.receive, discard)) for call in calls]
-    if calls[0].scope["path"] == "/wait":
+    if (path := calls[0].scope["path"]).startswith("/wait"):
         await _turn_until(lambda: len(gate) == len(calls))
-        for _ in range(5):  # nobody may take this wait for a short one
+        for _ in range(5):  # nobody may take this wait for a single turn
             await asyncio.sleep(0)
+        if path == "/wait-long":
+            await asyncio.sleep(LONG)
         for future in gate:
             future.set_result(None)
         gate.clear()
@@ -100,7 +103,7 @@ def answer(loop: asyncio.AbstractEventLoop, app: FastAPI, path: str) -> list[Mut
     async def call() -> None:
         one = Call(path)
         task = asyncio.create_task(app(one.scope, one.receive, send))
-        if path == "/wait":
+        if path.startswith("/wait"):
             await _turn_until(lambda: len(gate) == 1)
             gate.pop().set_result(None)
         await task

@@ -15,6 +15,7 @@ ROWS: list[tuple[str, str, int, float | None]] = [
     ("never waits", "/never", 0, 1.20),
     ("waits for one turn of the loop, `sleep(0)`", "/turn", 0, 1.25),
     ("waits for another callback", "/wait", 0, 1.25),
+    ("waits for another callback, 10 ms", "/wait-long", 0, 1.25),
     ("POST, a JSON body", "/body", 0, 1.20),
     ("never waits, one `BaseHTTPMiddleware` around", "/never", 1, None),
     ("waits, one `BaseHTTPMiddleware` around", "/wait", 1, None),
