@@ -24,9 +24,9 @@ from starlette.types import Scope
 from ._closing import close
 from .ladder import Ladder
 from .policy import Cause
-from .protect import Protection, ladder_for
+from .protect import ladder_for
 
-current: ContextVar[tuple[Scope, Protection]] = ContextVar("fastapi_cancel_request")
+current: ContextVar[tuple[Scope, Ladder]] = ContextVar("fastapi_cancel_request")
 """The request whose handler runs, for the endpoint's wrapper to find."""
 
 
@@ -48,8 +48,8 @@ def closing(endpoint: Callable[..., Any]) -> Callable[..., Any]:
         request = current.get(None)
         if request is None:
             return generator
-        scope, protection = request
-        body = _Body(generator, scope, protection) if is_async else generator
+        scope, ladder = request
+        body = _Body(generator, scope, ladder) if is_async else generator
         stack: AsyncExitStack = scope["fastapi_inner_astack"]
         stack.push_async_callback(close, body)
         return body
@@ -64,10 +64,10 @@ def closing(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 class _Body(AsyncIterator[Any]):
     """An asynchronous generator, pulled by the task of the request or in one of its own."""
 
-    def __init__(self, generator: AsyncGenerator[Any, None], scope: Scope, protection: Protection) -> None:
+    def __init__(self, generator: AsyncGenerator[Any, None], scope: Scope, parent: Ladder) -> None:
         self._generator = generator
         self._scope = scope
-        self._parent = protection.ladder
+        self._parent = parent
         self._own_task: _OwnTask | None = None
 
     async def __anext__(self) -> Any:

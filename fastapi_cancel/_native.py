@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from types import coroutine
 from typing import Any
 
 from starlette.types import Scope
@@ -67,9 +68,10 @@ class NativeLadder(Ladder):
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop. They end in the next one.
-        for helper in self._helpers:
-            helper.cancel()
-        self._helpers = ()
+        if self._helpers:
+            for helper in self._helpers:
+                helper.cancel()
+            self._helpers = ()
 
     def _take_back(self) -> bool:
         """Whether somebody else's request to cancel remains."""
@@ -102,10 +104,12 @@ class NativeLadder(Ladder):
     def in_host(self) -> bool:
         return asyncio.current_task() is self._task
 
-    def _watch_soon(self) -> None:
-        # Two turns later, so that a wait that is over at once (`sleep(0)`, a full queue) costs no watcher.
-        call_soon = self._task.get_loop().call_soon
-        call_soon(call_soon, self._start_watching)
+    @coroutine
+    def _yield(self) -> Generator[None, None, None]:
+        yield
+
+    def turn(self) -> Awaitable[None]:
+        return self._yield()
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._helpers += (asyncio.Task(function(), loop=self._task.get_loop(), **_EAGERLY),)

@@ -77,12 +77,14 @@ class GroupLadder(Ladder):
         self._group: TaskGroup
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
-        error: Exception | None = None
+        error: BaseException | None = None
         async with anyio.create_task_group() as self._group:
             try:
                 await self._drive(_within(self._outer, self._inner, work))
-            except Exception as exc:  # so that the group does not wrap it
+            except BaseException as exc:  # so that the group does not wrap it
                 error = exc
+            # What has been reached is not to be lost to a cancellation that comes while the helpers end.
+            self._group.cancel_scope.shield = True
             self._group.cancel_scope.cancel()
         if error is not None:
             try:
@@ -108,11 +110,14 @@ class GroupLadder(Ladder):
     def _force(self) -> None:
         self._inner.cancel()
 
+    async def turn(self) -> None:
+        await anyio.sleep(0)
+
     def in_host(self) -> bool:
         return anyio.get_current_task().id == self._host
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._group.start_soon(function)
+        self._group.start_soon(_two_turns_later, function)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> anyio.CancelScope:
         timer = anyio.CancelScope()
@@ -129,6 +134,13 @@ class GroupLadder(Ladder):
 async def _within(outer: anyio.CancelScope, inner: anyio.CancelScope, work: Coroutine[Any, Any, None]) -> None:
     with outer, inner:
         await work
+
+
+async def _two_turns_later(function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    # As on asyncio, a wait that is over at once is not worth a watcher.
+    await anyio.sleep(0)
+    await anyio.sleep(0)
+    await function()
 
 
 async def _sleep_then(timer: anyio.CancelScope, seconds: float, function: Callable[[], object]) -> None:

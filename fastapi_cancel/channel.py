@@ -37,10 +37,10 @@ Races, and why each is harmless:
 
 from __future__ import annotations
 
-import time
+from time import monotonic
 
 import anyio
-import anyio.lowlevel
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from .exceptions import ClientGone
@@ -59,10 +59,12 @@ class Channel:
     :param receive: the server's, or that of the middleware around
     :param send: likewise
     :param ladder: is told that the client has left, and that the response is complete
+    :ivar response: what goes out, once the route's handler has returned it
     """
 
     # Defaults live in the class: most requests never change most of them.
     started = completed = gone = False
+    response: Response | None = None
     _ahead: Message | None = None
     _error: Exception | None = None
     _news: anyio.Event | None = None
@@ -78,8 +80,8 @@ class Channel:
         self._scope = scope
         self._server_receive = receive
         self._server_send = send
-        self._ladder = ladder
-        ladder.watch_with(self.watch)
+        self.ladder = ladder
+        ladder.watch = self.watch
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Channel:
             if self._error is not None:
                 raise self._error
             if self._ended:
-                self._ladder.settle()
+                self.ladder.settle()
                 return {"type": "http.disconnect"}
             if self._reading or (self._body_complete and self.watch()):
                 await self._wait_for_news()
@@ -114,17 +116,18 @@ class Channel:
         if not self._asked and not self.started and _expects_continue(self._scope):
             return False
         self._reading = True
-        self._ladder.spawn(self._watch)
+        self.ladder.spawn(self._watch)
         return True
 
     async def _watch(self) -> None:
         try:
             while not self._ended:
                 message = await self._read()
-                if message["type"] != "http.disconnect":
+                # httpx's ASGITransport begins with an empty piece: reading it stops nobody.
+                if message["type"] != "http.disconnect" and (self._body_complete or message.get("body")):
                     self._ahead = message
                     if not self._body_complete:
-                        return self._ladder.unwatched()
+                        return self.ladder.unwatched()
         except Exception as exc:
             self._error = exc
 
@@ -153,7 +156,7 @@ class Channel:
         self._ended = True
         if not self._finishing:
             self.gone = True
-            self._ladder.signal("disconnect")
+            self.ladder.signal("disconnect")
 
     async def _wait_for_news(self) -> None:
         if self._news is None:
@@ -171,48 +174,47 @@ class Channel:
         last = False
         if kind == "http.response.body":
             if message.get("more_body", False):
-                now = time.monotonic()
-                if self._ladder.waits != self._waits_seen:
-                    self._waits_seen = self._ladder.waits
-                    self._waited_at = now
+                if self.ladder.waits != self._waits_seen:
+                    self._waits_seen = self.ladder.waits
+                    self._waited_at = monotonic()
                     self._writes = 1
-                elif self._writes < MAX_WRITES and now - self._waited_at < MAX_SECONDS:
+                elif self._writes < MAX_WRITES and monotonic() - self._waited_at < MAX_SECONDS:
                     self._writes += 1
                 else:
-                    await anyio.lowlevel.checkpoint()
+                    await self.ladder.turn()
             else:
                 last = not self._trailers
         elif kind == "http.response.start":
-            if not self.gone:
-                self.started = True
-            self._trailers = message.get("trailers", False)
+            self.started = not self.gone
+            if "trailers" in message:
+                self._trailers = message["trailers"]
         else:
             last = kind == "http.response.pathsend" or (
                 kind == "http.response.trailers" and not message.get("more_trailers", False)
             )
         if self.gone:
-            self._ladder.settle()
+            self.ladder.settle()
             raise ClientGone("the client has left")
-        self._finishing = last
-        patience = self._ladder.policy.send_timeout
+        if last:
+            self._finishing = True
         try:
-            if patience is None:
+            if self.ladder.policy.send_timeout is None:
                 await self._server_send(message)
             else:
-                await self._send_within(patience, message)
+                await self._send_within(self.ladder.policy.send_timeout, message)
         except OSError as exc:
             self._finishing = False
             self._end()
-            self._ladder.settle()
+            self.ladder.settle()
             raise ClientGone("the client has left") from exc
         if last:
             self.completed = True
-            self._ladder.complete()
+            self.ladder.complete()
 
     async def _send_within(self, patience: float, message: Message) -> None:
-        self._sending_since = time.monotonic()
+        self._sending_since = monotonic()
         if self._stall_timer is None:
-            self._stall_timer = self._ladder.call_later(patience, self._check_stall)
+            self._stall_timer = self.ladder.call_later(patience, self._check_stall)
         try:
             await self._server_send(message)
         finally:
@@ -221,14 +223,14 @@ class Channel:
     def _check_stall(self) -> None:
         # One timer at a time, moved on when it fires: sends are many, stalls are few.
         self._stall_timer = None
-        patience = self._ladder.policy.send_timeout
+        patience = self.ladder.policy.send_timeout
         if self._sending_since is None or patience is None:
             return
-        left = self._sending_since + patience - time.monotonic()
+        left = self._sending_since + patience - monotonic()
         if left > 0:
-            self._stall_timer = self._ladder.call_later(left, self._check_stall)
+            self._stall_timer = self.ladder.call_later(left, self._check_stall)
         else:
-            self.gone = self._ladder.signal("stalled")
+            self.gone = self.ladder.signal("stalled")
 
     def close(self) -> None:
         """The work has ended: whoever still holds on to ``receive`` is told so, no timer is left."""

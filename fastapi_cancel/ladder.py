@@ -78,13 +78,14 @@ class Ladder(ABC):
     :param scope: the ASGI scope, to name the request in the log
     :ivar cause: why the work ends early, once it does
     :ivar waits: how often the work has waited
+    :ivar watch: called when the work waits, until it returns True: the client is watched
     """
 
     # Defaults live in the class: most requests never change most of them.
     cause: Cause | None = None
     state = RUN
     waits = 0
-    _watch: Callable[[], bool] | None = None
+    watch: Callable[[], bool] | None = None
     _watched = False
     _restless = True
     _waiting_for: Any = None
@@ -144,10 +145,6 @@ class Ladder(ABC):
 
     # -- the work ----------------------------------------------------------------------------
 
-    def watch_with(self, watch: Callable[[], bool]) -> None:
-        """Have ``watch`` called when the work waits, until it returns True: the client is watched."""
-        self._watch = watch
-
     def unwatched(self) -> None:
         """The watcher had to stop: ask for it again at the work's next wait."""
         self._watched = False
@@ -160,14 +157,16 @@ class Ladder(ABC):
     @coroutine
     def _drive(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
         """Step the work by hand, to see its waits. One that never waits costs next to nothing."""
-        self._start_limit()
+        if self.policy.timeout is not None:
+            self._start_limit()
         step: Callable[[Any], Any] = work.send
         value: Any = None
         try:
             while True:
                 waiting_for = self._waiting_for = step(value)
                 self.waits += 1
-                if self._restless:
+                # A bare yield, `sleep(0)`, is over in the next turn: one or two are not worth a watcher.
+                if self._restless and (waiting_for is not None or self.waits > 2):
                     self._on_wait()
                 try:
                     value = yield waiting_for
@@ -190,7 +189,7 @@ class Ladder(ABC):
     def _end(self) -> None:
         """The work has ended. Leaves no timer, and no reference cycle: the request is freed at once."""
         self.state = DONE
-        self._watch = self._waiting_for = None
+        self.watch = self._waiting_for = None
         if self._timers:
             self._stop(*self._timers)
 
@@ -200,14 +199,8 @@ class Ladder(ABC):
             self._call_soon(self._attempt)
         if not self._watched:
             self._watched = True
-            self._watch_soon()
-
-    def _watch_soon(self) -> None:
-        self._start_watching()
-
-    def _start_watching(self) -> None:
-        if self._watch is not None and not self._watch():
-            self.unwatched()
+            if self.watch is not None and not self.watch():
+                self.unwatched()
 
     # -- the rungs ---------------------------------------------------------------------------
 
@@ -277,6 +270,10 @@ class Ladder(ABC):
     @abstractmethod
     def _force(self) -> None:
         """Cancel the work at this wait, and at each later one."""
+
+    @abstractmethod
+    def turn(self) -> Awaitable[None]:
+        """Let the event loop turn once."""
 
     @abstractmethod
     def in_host(self) -> bool:

@@ -18,29 +18,15 @@ from .ladder import Ladder
 from .policy import CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
-"""Where the scope keeps its :class:`Protection`; ``None`` there: the endpoint opted out."""
+"""Where the scope keeps its :class:`Channel`; ``None`` there: the endpoint opted out."""
 
 STATUS: dict[Cause, int] = {"disconnect": 499, "stalled": 499, "timeout": 504, "stop": 503, "shutdown": 503}
 """What a request that ended before its response began is answered with. Nobody but middleware and
 access logs will see a 499 (nginx's number for it)."""
 
 
-class Protection:
-    """What the parts of one request share.
-
-    :ivar response: the response that the route's handler returned, once it has
-    """
-
-    __slots__ = ("channel", "ladder", "response")
-
-    def __init__(self, ladder: Ladder, channel: Channel, response: Response | None) -> None:
-        self.ladder = ladder
-        self.channel = channel
-        self.response = response
-
-
-def protection_of(scope: Scope) -> Protection | None:
-    """The protection that this request already has, if any."""
+def channel_of(scope: Scope) -> Channel | None:
+    """The channel of a request that is protected already."""
     return scope.get(KEY)
 
 
@@ -57,16 +43,16 @@ async def protect(
     To ``app`` this is an ASGI 2.4 server, whatever the real one says of itself. A request that is
     protected already goes on as it is, under the new policy.
     """
-    if (around := protection_of(scope)) is not None:
+    if (around := channel_of(scope)) is not None:
         around.ladder.adopt(policy)
         await app(scope, receive, send)
         return
     ladder = ladder_for(policy, scope)
     channel = Channel(scope, receive, send, ladder)
-    protection = Protection(ladder, channel, response)
-    asgi = scope["asgi"]
-    scope["asgi"] = {**asgi, "spec_version": "2.4"}
-    scope[KEY] = protection
+    channel.response = response
+    asgi = scope.get("asgi")  # Starlette's TestClient gives none
+    scope["asgi"] = {**(asgi or {}), "spec_version": "2.4"}
+    scope[KEY] = channel
     try:
         await ladder.run(app(scope, channel.receive, channel.send))
     except (Exception, BaseExceptionGroup) as exc:
@@ -74,10 +60,13 @@ async def protect(
             raise
     finally:
         channel.close()
-        scope["asgi"] = asgi
         del scope[KEY]
+        if asgi is None:
+            del scope["asgi"]
+        else:
+            scope["asgi"] = asgi
     if ladder.cause is not None and not channel.completed:
-        await _conclude(protection, ladder.cause, send)
+        await _conclude(channel, ladder.cause, send)
 
 
 def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
@@ -91,14 +80,13 @@ def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
     return ScopedLadder(policy, scope, task) if has_scope(task) else NativeLadder(policy, scope, task)
 
 
-async def _conclude(protection: Protection, cause: Cause, send: Send) -> None:
-    response = protection.response
-    background = response.background if response is not None else None
+async def _conclude(channel: Channel, cause: Cause, send: Send) -> None:
+    background = channel.response.background if channel.response is not None else None
     try:
-        if not protection.channel.started:
+        if not channel.started:
             await _answer(cause, send)
     finally:
-        if background is not None and protection.ladder.policy.background:
+        if background is not None and channel.ladder.policy.background:
             await background()
 
 

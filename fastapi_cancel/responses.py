@@ -16,7 +16,7 @@ from ._closing import Cleanup, InThread, close, run_cleanups
 from .exceptions import RequestCancelled
 from .ladder import Ladder
 from .policy import CancelPolicy, check_seconds
-from .protect import protect, protection_of
+from .protect import channel_of, protect
 
 P = ParamSpec("P")
 
@@ -56,7 +56,7 @@ class Cancellable(Response):
         self._cleanups.append(partial(function, *args, **kwargs))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (around := protection_of(scope)) is not None:
+        if (around := channel_of(scope)) is not None:
             self._ladder = around.ladder
         if scope["type"] == "http":
             await protect(self._respond, scope, receive, send, self._active_policy(), self)
@@ -68,8 +68,8 @@ class Cancellable(Response):
         return policy if self._send_timeout is None else policy.replace(send_timeout=self._send_timeout)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (protection := protection_of(scope)) is not None:
-            self._ladder = protection.ladder
+        if (channel := channel_of(scope)) is not None:
+            self._ladder = channel.ladder
         background, self.background = self.background, None  # Starlette would run it before the cleanup
         try:
             await super().__call__(scope, receive, send)
@@ -120,13 +120,16 @@ class CancellableStreamingResponse(Cancellable, StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ladder = self._ladder
         self._check()
         async for chunk in self.body_iterator:
-            self._check()
+            if ladder is not None and ladder.cause is not None:
+                self._check()
             if not isinstance(chunk, (bytes, memoryview)):
                 chunk = chunk.encode(self.charset)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._check()
+            if ladder is not None and ladder.cause is not None:
+                self._check()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _check(self) -> None:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from ._closing import close
 from ._endpoints import closing, current
 from .policy import CancelPolicy, policy_of
-from .protect import KEY, protect, protection_of
+from .protect import KEY, channel_of, protect
 from .responses import Cancellable
 
 
@@ -58,15 +58,15 @@ class CancellableRoute(APIRoute):
 
         async def cancellable_handler(request: Request) -> Response:
             scope = request.scope
-            if (protection := protection_of(scope)) is None:
+            if (channel := channel_of(scope)) is None:
                 return await handler(request)
-            reset = current.set((scope, protection)) if self._yields else None
+            reset = current.set((scope, channel.ladder)) if self._yields else None
             try:
                 response = await handler(request)
             finally:
                 if reset is not None:
                     current.reset(reset)
-            protection.response = response
+            channel.response = response
             # To close before the dependencies do, in the task of the request, even if never called.
             if isinstance(response, Cancellable):
                 scope["fastapi_inner_astack"].push_async_callback(response.aclose)

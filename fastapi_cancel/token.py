@@ -8,10 +8,11 @@ from typing import Annotated
 import anyio
 from fastapi import Depends, Request
 
+from .channel import Channel
 from .exceptions import NotCancellable, RequestCancelled
 from .ladder import Ladder
 from .policy import Cause
-from .protect import KEY, Protection
+from .protect import KEY
 
 
 class CancelToken:
@@ -85,8 +86,8 @@ async def get_cancel_token(request: Request) -> CancelToken:
         raise NotCancellable(
             f"no cancel token for {request.scope['path']}: its router needs route_class=CancellableRoute"
         )
-    protection: Protection | None = request.scope[KEY]
-    return CancelToken(protection.ladder if protection is not None else None)
+    channel: Channel | None = request.scope[KEY]
+    return CancelToken(channel.ladder if channel is not None else None)
 
 
 Token = Annotated[CancelToken, Depends(get_cancel_token)]

@@ -69,6 +69,30 @@ async def test_one_message_is_read_ahead_and_no_more() -> None:
     await connection.run(protected(work))
 
 
+async def test_an_empty_piece_does_not_stop_the_watcher() -> None:
+    """httpx's `ASGITransport` sends one first."""
+    connection, started = Connection(body=[b"", b"", b""]), anyio.Event()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    await run_until_left(connection, protected(work), started)
+
+
+async def test_a_scope_without_an_asgi_version_gets_none_left() -> None:
+    """Starlette's `TestClient` has none."""
+    connection = Connection()
+    del connection.scope["asgi"]
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["asgi"] == {"spec_version": "2.4"}
+        await answer(send)
+
+    await connection.run(protected(work))
+    assert "asgi" not in connection.scope
+
+
 async def test_nothing_is_read_ahead_of_the_handler_on_expect_continue() -> None:
     connection = Connection(body=[b"a"], headers=[(b"host", b"x"), (b"expect", b"100-Continue")])
 

@@ -448,6 +448,37 @@ async def test_an_error_passes(kind: str) -> None:
         await ladder.run(work())
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+async def test_an_error_that_ends_the_process_passes_bare(kind: str, error: type[BaseException]) -> None:
+    ladder = make(kind)
+
+    async def work() -> None:
+        await anyio.sleep(0.001)
+        raise error
+
+    with pytest.raises(BaseException) as info:  # noqa: PT011
+        await ladder.run(work())
+    assert info.type is error
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio-scoped", "asyncio-group", "trio-group"], indirect=True)
+async def test_a_result_is_not_lost_to_a_cancellation_from_further_out(kind: str) -> None:
+    """The response is out; that somebody cancels the caller from then on must not undo it."""
+    ladder = make(kind)
+    reached = []
+
+    with anyio.CancelScope() as scope:
+
+        async def work() -> None:
+            await anyio.sleep(0.001)
+            ladder.complete()
+            scope.cancel()
+
+        await ladder.run(work())
+        reached.append(True)
+    assert reached
+
+
 async def test_an_error_of_the_cleanup_passes(kind: str, edge: bool) -> None:
     started = anyio.Event()
 

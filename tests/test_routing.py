@@ -15,7 +15,7 @@ from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, cancel_policy, never_cancel
-from fastapi_cancel.protect import protection_of
+from fastapi_cancel.protect import channel_of
 
 from .asgi import Connection, run_until_left
 
@@ -70,9 +70,9 @@ async def test_a_client_gone_while_nothing_was_sent_is_answered_with_499() -> No
 @pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 503), ("shutdown", 503)])
 async def test_a_client_that_still_waits_is_answered(cause: Any, status: int) -> None:
     async def endpoint(request: Request) -> None:
-        protection = protection_of(request.scope)
-        assert protection is not None
-        protection.ladder.signal(cause)
+        channel = channel_of(request.scope)
+        assert channel is not None
+        channel.ladder.signal(cause)
         await anyio.sleep_forever()
 
     app = serve(endpoint)
@@ -360,9 +360,9 @@ async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
         seen.append("cleaned")
 
     async def endpoint(request: Request) -> Response:
-        protection = protection_of(request.scope)
-        assert protection is not None
-        seen.append(protection.ladder.policy.cleanup_timeout)
+        channel = channel_of(request.scope)
+        assert channel is not None
+        seen.append(channel.ladder.policy.cleanup_timeout)
         response = CancellableStreamingResponse(content(), policy=CancelPolicy(cleanup_timeout=7), cleanup=hook)
         seen.append(response._active_policy().cleanup_timeout)
         return response

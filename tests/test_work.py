@@ -119,7 +119,9 @@ def test_a_synchronous_generator_is_closed_in_a_thread(running: Start, server: s
 def test_a_transaction_rolls_back_when_the_client_leaves(running: Start, middleware: int, path: str) -> None:
     live = running("uvicorn-httptools", middleware)
     leave(live, path, "POST")
-    assert live.wait("/stats", seen=["rollback: CancelledError"])
+    live.wait("/stats", running=0)
+    # FastAPI before 0.165 tells a synchronous dependency by GeneratorExit.
+    assert live.json("/stats")["seen"] in (["rollback: CancelledError"], ["rollback: GeneratorExit"])
     assert live.json("/orders") == []
     assert_nothing_left(live)
 
