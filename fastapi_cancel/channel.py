@@ -128,6 +128,10 @@ class Channel:
                     self._ahead = message
                     if not self._body_complete:
                         return self.ladder.unwatched()
+        except BaseExceptionGroup as group:  # a task group of the middleware, perhaps cancelled at once
+            self._error, rest = group.split(Exception)
+            if rest is not None and rest.split(anyio.get_cancelled_exc_class())[1] is not None:
+                raise
         except Exception as exc:
             self._error = exc
 

@@ -230,6 +230,46 @@ async def test_another_error_from_receive_reaches_whoever_reads(error: Exception
     assert seen == ["cleaned"]
 
 
+async def test_an_error_that_the_watcher_meets_as_it_is_stopped_is_dropped() -> None:
+    """C13: the work has ended; a middleware's task group raises its 413 and the cancellation together."""
+
+    class Both(Connection):
+        async def receive(self) -> Message:
+            async def fail() -> None:
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    raise RuntimeError("too large")
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(fail)
+                group.start_soon(anyio.sleep_forever)
+            raise AssertionError
+
+    connection = Both()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await anyio.sleep(0.01)
+        await answer(send)
+
+    await connection.run(protected(work))
+    assert connection.body == b"ok"
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_an_interrupt_that_the_watcher_meets_is_not_dropped() -> None:
+    class Interrupted(Connection):
+        async def receive(self) -> Message:
+            raise BaseExceptionGroup("", [KeyboardInterrupt(), RuntimeError()])
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await anyio.sleep_forever()
+
+    with pytest.raises(BaseExceptionGroup) as info:
+        await Interrupted().run(protected(work))
+    assert info.group_contains(KeyboardInterrupt)
+
+
 async def test_an_error_that_the_reader_meets_itself_is_raised_there() -> None:
     """FastAPI's body limit raises its 413 from `receive`."""
     connection = Connection(body=[], error=RuntimeError("too large"))
