@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable
 from types import AsyncGeneratorType
 from typing import Any
 
 import anyio
 from anyio.to_thread import run_sync
 from starlette.concurrency import iterate_in_threadpool
+from starlette.responses import StreamingResponse
 
 logger = logging.getLogger("fastapi_cancel")
 Cleanup = Callable[[], Awaitable[object]]
 
 
+class Closing(AsyncIterator[Any]):
+    """An asynchronous iterator that is to be closed, though it is no generator."""
+
+    async def aclose(self) -> None: ...
+
+
 async def close(iterator: object) -> None:
-    """Close an iterator, if it is one that can be closed: a synchronous one in a worker thread.
+    """Close a generator: a synchronous one in a worker thread. Other iterators are their owner's.
 
     There is no cancel scope around an asynchronous one: it may hold one of its own across a ``yield``.
     """
-    inner = _wrapped_by_starlette(iterator)
     try:
-        if (aclose := getattr(iterator, "aclose", None)) is not None:
-            await aclose()
-        elif (close_sync := getattr(iterator, "close", None)) is not None:
+        if isinstance(iterator, (AsyncGenerator, Closing)):
+            await iterator.aclose()
+        elif isinstance(iterator, Generator):
             with anyio.CancelScope(shield=True):
-                await run_sync(close_sync)
+                await run_sync(iterator.close)
     except Exception:
         logger.exception("closing %r failed", iterator)
-    if inner is not None:
-        await close(inner)
 
 
-def _wrapped_by_starlette(iterator: object) -> object:
-    """The synchronous iterator inside; left alone, it would be closed on the event loop."""
-    if not isinstance(iterator, AsyncGeneratorType) or iterator.ag_code is not iterate_in_threadpool.__code__:
-        return None
-    if (frame := iterator.ag_frame) is None:
-        return None
-    return frame.f_locals.get("as_iterator", frame.f_locals.get("iterator"))
+def in_threads(response: StreamingResponse) -> None:
+    """Replace Starlette's wrapper of a synchronous iterator, which closes it on the event loop."""
+    body = response.body_iterator
+    if isinstance(body, AsyncGeneratorType) and body.ag_code is iterate_in_threadpool.__code__ and body.ag_frame:
+        names = body.ag_frame.f_locals
+        if "as_iterator" not in names:  # it has not begun
+            response.body_iterator = InThread(names["iterator"])
 
 
 async def run_cleanups(cleanups: list[Cleanup], seconds: float, owner: str) -> None:
@@ -65,20 +70,34 @@ async def run_cleanups(cleanups: list[Cleanup], seconds: float, owner: str) -> N
         raise interruption
 
 
-class InThread(AsyncIterator[Any]):
-    """A synchronous iterable, pulled and closed in worker threads."""
+class InThread(Closing):
+    """A synchronous iterable, pulled and closed in worker threads, one at a time.
 
-    def __init__(self, iterable: Any) -> None:
+    The lock is for the server's own cancellation: it does not wait for the thread, the closing must.
+    """
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
         self._iterator = iter(iterable)
+        self._lock = threading.Lock()
 
     async def __anext__(self) -> Any:
-        item = await run_sync(next, self._iterator, _END)
+        item = await run_sync(self._next)
         if item is _END:
             raise StopAsyncIteration
         return item
 
     async def aclose(self) -> None:
-        await close(self._iterator)
+        if isinstance(self._iterator, Generator):
+            with anyio.CancelScope(shield=True):
+                await run_sync(self._close, self._iterator)
+
+    def _next(self) -> Any:
+        with self._lock:
+            return next(self._iterator, _END)
+
+    def _close(self, generator: Generator[Any, Any, Any]) -> None:
+        with self._lock:
+            generator.close()
 
 
 _END = object()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from typing import Any
@@ -21,9 +21,9 @@ from typing import Any
 import anyio
 from starlette.types import Scope
 
-from ._closing import close
+from ._closing import Closing, close, logger
 from .ladder import Ladder
-from .policy import Cause
+from .policy import CAUSES, Cause
 from .protect import ladder_for
 
 current: ContextVar[tuple[Scope, Ladder]] = ContextVar("fastapi_cancel_request")
@@ -61,7 +61,7 @@ def closing(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     return opening
 
 
-class _Body(AsyncIterator[Any]):
+class _Body(Closing):
     """An asynchronous generator, pulled by the task of the request or in one of its own."""
 
     def __init__(self, generator: AsyncGenerator[Any, None], scope: Scope, parent: Ladder) -> None:
@@ -91,8 +91,10 @@ class _OwnTask:
         self._generator = generator
         self._scope = scope
         self._parent = parent
+        self._ladder: Ladder
         self._signal: Callable[[Cause], object] = lambda cause: None
         self._error: Exception | None = None
+        self._told = False
         self._ended = anyio.Event()
         self._items, self._pulled = anyio.create_memory_object_stream[Any]()
         parent.spawn(self._run)
@@ -102,17 +104,23 @@ class _OwnTask:
             return await self._pulled.receive()
         except anyio.EndOfStream:
             if self._error is not None:
+                self._told = True
                 raise self._error from None
             raise StopAsyncIteration from None
 
     async def end(self) -> None:
         """Have the generator closed, wherever it is, and wait for that."""
-        self._pulled.close()
         self._signal(self._parent.cause or "stop")
-        await self._ended.wait()
+        self._pulled.close()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()
+        if self._error is not None and not self._told:
+            logger.error("%r failed", self._generator, exc_info=self._error)
+        self._error = None
 
     async def _run(self) -> None:
-        ladder = ladder_for(self._parent.policy, self._scope)
+        # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
+        self._ladder = ladder = ladder_for(self._parent.policy.replace(causes=CAUSES, timeout=None), self._scope)
         self._signal = ladder.signal
         self._parent.listen(lambda: ladder.signal(self._parent.cause or "stop"))
         try:
@@ -127,7 +135,7 @@ class _OwnTask:
         try:
             async for item in self._generator:
                 await self._items.send(item)
-        except anyio.BrokenResourceError:  # nobody pulls any more
-            pass
+        except anyio.BrokenResourceError:  # nobody pulls any more: that is its interruption
+            self._ladder.settle()
         finally:
             await close(self._generator)

@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from .ladder import Ladder
+from .ladder import FORCE, RUNNING, Ladder
 from .policy import CancelPolicy
 
 try:
@@ -34,11 +34,11 @@ def has_scope(task: asyncio.Task[Any]) -> bool:
     return state is not None and state.cancel_scope is not None
 
 
-def is_shielded(task: asyncio.Task[Any]) -> bool:
-    """Whether an AnyIO shield is between ``task`` and the outside."""
+def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
+    """Whether an AnyIO shield is between ``task`` and the scope ``within``."""
     state = _states.get(task)
     scope = state and state.cancel_scope
-    while scope is not None:
+    while scope is not None and scope is not within:
         if scope.shield:
             return True
         scope = scope._parent_scope
@@ -53,6 +53,8 @@ class NativeLadder(Ladder):
     """Delivers by ``Task.cancel``, and takes its requests back by ``Task.uncancel``."""
 
     _requests = 0
+    _arrived = False
+    _within: Any = None
     _helpers: tuple[asyncio.Task[None], ...] = ()
 
     def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
@@ -68,7 +70,7 @@ class NativeLadder(Ladder):
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop. They end in the next one.
-        if self._helpers:
+        if self._helpers and not self._task.get_loop().is_closed():
             for helper in self._helpers:
                 helper.cancel()
             self._helpers = ()
@@ -82,7 +84,7 @@ class NativeLadder(Ladder):
 
     def _deliver(self) -> bool:
         task = self._task
-        if task.cancelling() > self._cancelling or not self._can_take():
+        if (task.cancelling() > self._cancelling and not self._insist) or not self._can_take():
             return False
         self._request()
         return True
@@ -93,9 +95,16 @@ class NativeLadder(Ladder):
 
     def _can_take(self) -> bool:
         waiting_for = self._waiting_for
-        if isinstance(waiting_for, asyncio.Future) and waiting_for.done():
+        if waiting_for is RUNNING or (isinstance(waiting_for, asyncio.Future) and waiting_for.done()):
             return False
-        return not self.in_host() and not is_shielded(self._task)
+        return not self.in_host() and not is_shielded(self._task, self._within)
+
+    def _thrown(self, exc: BaseException) -> None:
+        if not self._requests or not isinstance(exc, asyncio.CancelledError):
+            return
+        if self._arrived and self.state != FORCE and self._task.cancelling() <= self._cancelling + self._requests:
+            self._requests = 0  # the work has taken ours back itself: this one is somebody else's
+        self._arrived = True
 
     def _request(self) -> None:
         self._requests += 1
@@ -112,6 +121,8 @@ class NativeLadder(Ladder):
         return self._yield()
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if len(self._helpers) > 1:  # an upload has one watcher after another
+            self._helpers = tuple(helper for helper in self._helpers if not helper.done())
         self._helpers += (asyncio.Task(function(), loop=self._task.get_loop(), **_EAGERLY),)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:

@@ -26,7 +26,7 @@ class ScopedLadder(NativeLadder):
 
     def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
         super().__init__(policy, scope, task)
-        self._outer = anyio.CancelScope()
+        self._within = self._outer = anyio.CancelScope()
         self._inner = anyio.CancelScope()
 
     def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
@@ -36,7 +36,7 @@ class ScopedLadder(NativeLadder):
         return self._task.cancelling() > self._cancelling
 
     def _deliver(self) -> bool:
-        if self._task.cancelling() > self._cancelling or not self._can_take():
+        if (self._task.cancelling() > self._cancelling and not self._insist) or not self._can_take():
             return False
         # Open for this one call, in which AnyIO cancels whom it can. Were the scope left open until the
         # work sees it, a work that awaits other tasks (`gather`) would cancel those again in every turn
@@ -52,6 +52,7 @@ class ScopedLadder(NativeLadder):
 
     def _thrown(self, exc: BaseException) -> None:
         """Let one cancellation from further out through, and shield the cleanup from its repetitions."""
+        super()._thrown(exc)
         if self._inner.shield or not isinstance(exc, asyncio.CancelledError):
             return
         if anyio.current_effective_deadline() == -math.inf:

@@ -10,7 +10,8 @@ is called by one of two:
   The usual request body, which came with its headers, costs nothing extra this way;
 - the *watcher*, a helper of the ladder. It is started by the work's first wait that is not itself such
   a read, keeps at most one message (``_ahead``) for the application, and stops while that is a piece of
-  an unfinished body: back-pressure stays with the server. The work's next wait starts it again.
+  an unfinished body: back-pressure stays with the server. The work's next wait starts it again, or the
+  end of a read by another task of the application.
 
 Once the body is complete, only the watcher reads, so that a peek (``request.is_disconnected()`` asks
 under a cancelled scope) never cancels the server's ``receive``: Hypercorn and Daphne deliver
@@ -77,7 +78,7 @@ class Channel:
     _stall_timer: Timer | None = None
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder) -> None:
-        self._scope = scope
+        self.scope = scope
         self._server_receive = receive
         self._server_send = send
         self.ladder = ladder
@@ -91,16 +92,22 @@ class Channel:
         while True:
             if self._ahead is not None:
                 message, self._ahead = self._ahead, None
+                self.ladder.watch_again()
                 return message
             if self._error is not None:
                 raise self._error
             if self._ended:
                 self.ladder.settle()
                 return {"type": "http.disconnect"}
-            if self._reading or (self._body_complete and self.watch()):
+            if self._body_complete and not self._reading:
+                self.watch()  # started eagerly, it may have its news already
+            if self._reading:
                 await self._wait_for_news()
-            else:
-                message = await self._read()
+            elif not self._body_complete:
+                try:
+                    message = await self._read()
+                finally:
+                    self.ladder.watch_again()
                 if message["type"] != "http.disconnect":
                     return message
 
@@ -113,7 +120,7 @@ class Channel:
             return True
         if self._reading or (self._ahead is not None and not self._body_complete):
             return False
-        if not self._asked and not self.started and _expects_continue(self._scope):
+        if not self._asked and not self.started and _expects_continue(self.scope):
             return False
         self._reading = True
         self.ladder.spawn(self._watch)
@@ -211,6 +218,9 @@ class Channel:
             self._end()
             self.ladder.settle()
             raise ClientGone("the client has left") from exc
+        except BaseException:
+            self._finishing = False
+            raise
         if last:
             self.completed = True
             self.ladder.complete()
@@ -234,12 +244,12 @@ class Channel:
         if left > 0:
             self._stall_timer = self.ladder.call_later(left, self._check_stall)
         else:
-            self.gone = self.ladder.signal("stalled")
+            self.gone = self.ladder.signal("stalled") or self.gone
 
     def close(self) -> None:
         """The work has ended: whoever still holds on to ``receive`` is told so, no timer is left."""
         self._ended = True
-        self._ahead = None
+        self._ahead = self._error = None
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+
+from anyio import BrokenResourceError
 from starlette.requests import ClientDisconnect
 
 
@@ -38,5 +41,13 @@ def is_quiet(exc: BaseException) -> bool:
         return all(is_quiet(each) for each in exc.exceptions)
     if isinstance(exc, (ClientGone, RequestCancelled, ClientDisconnect)):
         return True
+    if isinstance(exc, BrokenResourceError):
+        return _raised_by_fastapi(exc)
     # Starlette: "Caught handled exception, but response already started." from the real one.
     return type(exc) is RuntimeError and exc.__cause__ is not None and is_quiet(exc.__cause__)
+
+
+def _raised_by_fastapi(exc: BaseException) -> bool:
+    """FastAPI's SSE closes its stream first and cancels the task that writes to it second."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    return [name for name in modules if not name.startswith("anyio.")][-1:] == ["fastapi.routing"]

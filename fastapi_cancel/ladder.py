@@ -49,6 +49,7 @@ when. And every path that interrupts the work goes through ``_interrupted``, onc
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from types import MappingProxyType, coroutine
@@ -63,6 +64,11 @@ logger = logging.getLogger("fastapi_cancel")
 
 # Plain integers in the order in which they are passed through: compared at every step.
 RUN, DUE, CLEAN, FORCE, DONE = range(5)
+
+RUNNING = object()
+"""What the work waits for while it does not wait."""
+
+_LISTENING = threading.Lock()
 
 
 class Timer(Protocol):
@@ -88,7 +94,8 @@ class Ladder(ABC):
     watch: Callable[[], bool] | None = None
     _watched = False
     _restless = True
-    _waiting_for: Any = None
+    _insist = False
+    _waiting_for: Any = RUNNING
     _listeners: tuple[Callable[[], object], ...] = ()
     _timers: Mapping[str, Timer] = MappingProxyType({})
 
@@ -116,10 +123,15 @@ class Ladder(ABC):
 
     def listen(self, tell: Callable[[], object]) -> None:
         """Have ``tell`` called at the signal, or now if that has been."""
-        if self.cause is None:
+        with _LISTENING:  # called from threads, too
             self._listeners += (tell,)
-        else:
+        if self.cause is not None:  # in this order: a signal in between tells it twice rather than never
             tell()
+
+    def forget(self, tell: Callable[[], object]) -> None:
+        """Undo ``listen``."""
+        with _LISTENING:
+            self._listeners = tuple(each for each in self._listeners if each is not tell)
 
     def adopt(self, policy: CancelPolicy) -> None:
         """Go on under another policy: that of a response. Its ``timeout`` starts now."""
@@ -150,6 +162,16 @@ class Ladder(ABC):
         self._watched = False
         self._restless = True
 
+    def watch_again(self) -> None:
+        """A read of the application's is over. If a task of its own did it, the work may not wait anew."""
+        if not self._watched and not self.in_host():
+            self._start_watching()
+
+    def _start_watching(self) -> None:
+        self._watched = True
+        if self.watch is not None and not self.watch():
+            self.unwatched()
+
     def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
         """Run the work. Our own cancellation ends here; everything else passes."""
         return self._drive(work)
@@ -170,10 +192,12 @@ class Ladder(ABC):
                     self._on_wait()
                 try:
                     value = yield waiting_for
+                    self._waiting_for = RUNNING
                 except GeneratorExit:
                     work.close()
                     raise
                 except BaseException as exc:
+                    self._waiting_for = RUNNING
                     self._thrown(exc)
                     step, value = work.throw, exc
                 else:
@@ -184,12 +208,14 @@ class Ladder(ABC):
             if not self._swallows(exc):
                 raise
         finally:
+            del step, value  # an exception would hold this frame, which holds it
             self._end()
 
     def _end(self) -> None:
         """The work has ended. Leaves no timer, and no reference cycle: the request is freed at once."""
         self.state = DONE
         self.watch = self._waiting_for = None
+        self._listeners = ()
         if self._timers:
             self._stop(*self._timers)
 
@@ -198,9 +224,7 @@ class Ladder(ABC):
         if self._restless:
             self._call_soon(self._attempt)
         if not self._watched:
-            self._watched = True
-            if self.watch is not None and not self.watch():
-                self.unwatched()
+            self._start_watching()
 
     # -- the rungs ---------------------------------------------------------------------------
 
@@ -223,16 +247,22 @@ class Ladder(ABC):
         self._start("overdue", cleanup_timeout, self._overdue)
 
     def _overdue(self) -> None:
+        due = self.state == DUE
         logger.warning(
-            "%s: %s after %s (cause: %s), forcing it",
+            "%s: %s after %s (cause: %s)%s",
             self._name(),
-            "still shielded or in a worker thread" if self.state == DUE else "cleanup not finished",
+            "still shielded or in a worker thread" if due else "cleanup not finished",
             f"{self.policy.cleanup_timeout:g} s",
             self.cause,
+            "" if due else ", forcing it",
         )
-        self.state = FORCE
-        self._restless = True
-        self._force()
+        if due:  # its cleanup has still to get its time; whose cancellation is in the way no longer matters
+            self._insist = True
+            self._attempt()
+        else:
+            self.state = FORCE
+            self._restless = True
+            self._force()
 
     def _name(self) -> str:
         """Method, path and function of the request: "GET /export (export)"."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
+from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ._native import NativeLadder, has_scope
@@ -44,8 +47,11 @@ async def protect(
     protected already goes on as it is, under the new policy.
     """
     if (around := channel_of(scope)) is not None:
+        before = around.ladder.policy
         around.ladder.adopt(policy)
         await app(scope, receive, send)
+        if around.scope is not scope:  # a request within the request
+            around.ladder.adopt(before)
         return
     ladder = ladder_for(policy, scope)
     channel = Channel(scope, receive, send, ladder)
@@ -56,7 +62,7 @@ async def protect(
     try:
         await ladder.run(app(scope, channel.receive, channel.send))
     except (Exception, BaseExceptionGroup) as exc:
-        if ladder.cause is None or not is_quiet(exc):
+        if (ladder.cause is None and not channel.gone) or not is_quiet(exc):
             raise
     finally:
         channel.close()
@@ -65,8 +71,9 @@ async def protect(
             del scope["asgi"]
         else:
             scope["asgi"] = asgi
-    if ladder.cause is not None and not channel.completed:
-        await _conclude(channel, ladder.cause, send)
+    cause: Cause | None = ladder.cause or ("disconnect" if channel.gone else None)
+    if cause is not None and not channel.completed:
+        await _conclude(channel, cause, receive, send)
 
 
 def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
@@ -80,22 +87,25 @@ def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
     return ScopedLadder(policy, scope, task) if has_scope(task) else NativeLadder(policy, scope, task)
 
 
-async def _conclude(channel: Channel, cause: Cause, send: Send) -> None:
+async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send) -> None:
     background = channel.response.background if channel.response is not None else None
     try:
         if not channel.started:
-            await _answer(cause, send)
+            await _answer(cause, channel.scope, receive, send)
     finally:
         if background is not None and channel.ladder.policy.background:
             await background()
 
 
-async def _answer(cause: Cause, send: Send) -> None:
+async def _answer(cause: Cause, scope: Scope, receive: Receive, send: Send) -> None:
     status = STATUS[cause]
-    if status != 499:
+    if status == 499:
+        with suppress(OSError):
+            await PlainTextResponse(status_code=status)(scope, receive, send)
+        return
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
         raise HTTPException(status)
-    try:
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
-    except OSError:
-        pass
+
+    # By the application's own exception handlers, and before any background task.
+    await wrap_app_handling_exceptions(fail, Request(scope, receive, send))(scope, receive, send)

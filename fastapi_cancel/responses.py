@@ -16,7 +16,7 @@ from ._closing import Cleanup, InThread, close, run_cleanups
 from .exceptions import RequestCancelled
 from .ladder import Ladder
 from .policy import CancelPolicy, check_seconds
-from .protect import channel_of, protect
+from .protect import KEY, channel_of, protect
 
 P = ParamSpec("P")
 
@@ -58,9 +58,10 @@ class Cancellable(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (around := channel_of(scope)) is not None:
             self._ladder = around.ladder
-        if scope["type"] == "http":
+        opted_out = KEY in scope and around is None
+        if scope["type"] == "http" and not opted_out:
             await protect(self._respond, scope, receive, send, self._active_policy(), self)
-        else:  # a WebSocket's denial: its channel is not ours
+        else:  # or a WebSocket's denial: its channel is not ours
             await self._respond(scope, receive, send)
 
     def _active_policy(self) -> CancelPolicy:

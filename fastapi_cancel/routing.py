@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ._closing import close
+from ._closing import close, in_threads
 from ._endpoints import closing, current
 from .policy import CancelPolicy, policy_of
 from .protect import KEY, channel_of, protect
@@ -66,11 +66,13 @@ class CancellableRoute(APIRoute):
             finally:
                 if reset is not None:
                     current.reset(reset)
-            channel.response = response
+            if channel.scope is scope:  # else it is a request within the request
+                channel.response = response
             # To close before the dependencies do, in the task of the request, even if never called.
             if isinstance(response, Cancellable):
                 scope["fastapi_inner_astack"].push_async_callback(response.aclose)
             elif isinstance(response, StreamingResponse):
+                in_threads(response)
                 scope["fastapi_inner_astack"].push_async_callback(close, response.body_iterator)
             return response
 

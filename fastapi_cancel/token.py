@@ -58,9 +58,13 @@ class CancelToken:
         if self._ladder is None:
             await anyio.sleep_forever()
         event = anyio.Event()
+        tell = event.set
         assert self._ladder is not None
-        self._ladder.listen(event.set)
-        await event.wait()
+        self._ladder.listen(tell)
+        try:
+            await event.wait()
+        finally:
+            self._ladder.forget(tell)
         assert self._ladder.cause is not None
         return self._ladder.cause
 
@@ -71,9 +75,13 @@ class CancelToken:
         :return: the cause, or ``None`` if the time ran out
         """
         event = threading.Event()
-        if self._ladder is not None:
-            self._ladder.listen(event.set)
+        if self._ladder is None:
+            event.wait(timeout)
+            return None
+        tell = event.set
+        self._ladder.listen(tell)
         event.wait(timeout)
+        self._ladder.forget(tell)
         return self.cause
 
 

@@ -52,7 +52,7 @@ class Connection:
         self.sent: list[Message] = []
         self.reads = 0
         self.concurrent_reads = 0
-        self.left = anyio.Event()
+        self.left: Any = anyio.Event()
         self.told = False
         self.unblocked = anyio.Event()
         self.unblocked.set()

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancelPolicy, ClientGone
+from fastapi_cancel._native import NativeLadder
 from fastapi_cancel.protect import protect
 
 from .asgi import Connection, run_until_left
@@ -344,6 +345,159 @@ async def test_a_second_reader_waits_for_the_first() -> None:
 
     await run_until_left(connection, protected(work), started)
     assert seen == ["http.disconnect"] * 2
+
+
+@pytest.mark.parametrize("body", [[b"a", b"b"], [b"a"]])
+@pytest.mark.parametrize("headers", [[], [(b"expect", b"100-continue")]])
+async def test_a_disconnect_after_a_task_of_the_work_has_read_the_body(body: list[bytes], headers: Any) -> None:
+    """C1, C3: the work itself sits in one long wait and never asks for the watcher again."""
+    connection, started = Connection(body=list(body), headers=headers), anyio.Event()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        async def read() -> None:
+            await anyio.sleep(0.002)
+            for _ in body:
+                await receive()
+                await anyio.sleep(0.002)
+            started.set()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await anyio.sleep_forever()
+
+    await run_until_left(connection, protected(work), started)
+
+
+async def test_receive_answers_at_once_that_the_client_has_left() -> None:
+    """Also within a grace, and if nobody listens to that."""
+    for policy in (CancelPolicy(grace=4), CancelPolicy(causes=["stop"])):
+        connection = Connection()
+        connection.leave()
+        seen: list[str] = []
+
+        async def work(scope: Scope, receive: Receive, send: Send, connection: Any = connection) -> None:
+            with anyio.fail_after(2):
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+            seen.append("told")  # noqa: B023
+
+        async def app(scope: Scope, receive: Receive, send: Send, policy: CancelPolicy = policy) -> None:
+            await protect(work, scope, receive, send, policy)
+
+        connection.pieces = []
+        await connection.run(app)
+        assert seen == ["told"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_watcher_that_has_its_news_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on it is started eagerly; here by hand, for those before."""
+    connection = Connection(body=[])
+    connection.pieces = [b""]
+    seen = []
+
+    def spawn(self: NativeLadder, function: Callable[[], Any]) -> None:
+        with pytest.raises(StopIteration):
+            function().send(None)
+
+    monkeypatch.setattr(NativeLadder, "spawn", spawn)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        connection.left = AlreadySet()
+        seen.append((await receive())["type"])
+
+    await connection.run(protected(work))
+    assert seen == ["http.disconnect"]
+
+
+class AlreadySet:
+    """An event that is set, and whose `wait` does not even give way."""
+
+    def is_set(self) -> bool:
+        return True
+
+    async def wait(self) -> None: ...
+
+
+async def test_a_client_that_leaves_is_quiet_though_nobody_listens_to_that() -> None:
+    """C13: `send` raises all the same."""
+    connection = Connection()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        connection.leave()
+        assert (await receive())["type"] == "http.disconnect"
+        await answer(send)
+
+    await connection.run(protected(work, causes=["stop"]))
+
+
+async def test_a_stall_after_the_client_has_left_does_not_bring_it_back() -> None:
+    connection = Connection()
+    seen = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        connection.unblocked = anyio.Event()
+
+        async def stuck() -> None:
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(stuck)
+            await anyio.sleep(0.01)
+            connection.left.set()
+            await anyio.sleep(0.1)
+            with pytest.raises(ClientGone):
+                await send({"type": "http.response.body", "body": b"y", "more_body": True})
+            seen.append("refused")
+            connection.unblocked.set()
+
+    await connection.run(protected(work, send_timeout=0.05, grace=4))
+    assert seen == ["refused"]
+
+
+async def test_a_last_send_that_was_cut_short_does_not_hide_a_disconnect() -> None:
+    connection, started = Connection(), anyio.Event()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        connection.unblocked = anyio.Event()
+        with anyio.move_on_after(0.01):
+            await send({"type": "http.response.body", "body": b"x"})
+        started.set()
+        await anyio.sleep_forever()
+
+    await run_until_left(connection, protected(work), started)
+
+
+async def test_a_request_within_the_request_leaves_its_policy_behind() -> None:
+    connection = Connection()
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        await anyio.sleep(0.001)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await protect(inner, dict(scope), receive, send, CancelPolicy(timeout=0.03))
+        await anyio.sleep(0.06)
+        await answer(send)
+
+    await connection.run(protected(work))
+    assert connection.body == b"ok"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_upload_keeps_no_watcher_for_each_of_its_pieces() -> None:
+    connection = Connection(body=[b"x"] * 200)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in Request(scope, receive).stream():
+            await turns(3)
+        assert len(getattr(scope["fastapi_cancel"].ladder, "_helpers", ())) < 4
+        await answer(send)
+
+    await connection.run(protected(work))
 
 
 async def test_a_peek_takes_nothing_from_the_server() -> None:

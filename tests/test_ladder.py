@@ -514,6 +514,162 @@ async def test_closing_the_coroutine_closes_the_work(kind: str) -> None:
     assert seen == ["closed"]
 
 
+@edges
+async def test_the_cleanup_gets_its_time_after_a_shield_that_took_longer(kind: str) -> None:
+    """C7, C8: being shielded for longer than `cleanup_timeout` is not a cleanup."""
+    started, seen = anyio.Event(), list[Any]()
+
+    async def work() -> None:
+        try:
+            with anyio.CancelScope(shield=True):
+                started.set()
+                await anyio.sleep(0.15)
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(0.001)
+            await anyio.sleep(0.001)
+            seen.append("cleaned")
+
+    await run(kind, work, started, cleanup_timeout=0.1)
+    assert seen == ["cleaned"]
+
+
+@edges
+async def test_a_cleanup_that_shields_itself_is_forced_after_that(kind: str) -> None:
+    started, seen = anyio.Event(), list[Any]()
+
+    async def work() -> None:
+        try:
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.1)
+                seen.append("shielded")
+            await anyio.sleep_forever()
+
+    await run(kind, work, started, cleanup_timeout=0.03)
+    assert seen == ["shielded"]
+
+
+@scoped
+async def test_a_shield_further_out_shields_from_what_is_further_out_only(kind: str) -> None:
+    """C8: a middleware may shield the whole application."""
+    ladder = make(kind)
+    asyncio.get_running_loop().call_later(0.01, ladder.signal, "disconnect")
+    with anyio.fail_after(5), anyio.CancelScope(shield=True):
+        await ladder.run(asyncio.sleep(60))
+
+
+@edges
+async def test_a_cancellation_that_the_work_swallowed_does_not_keep_ours_away(kind: str) -> None:
+    """Somebody cancelled the task, the work ignored that and never called `uncancel`."""
+    ladder = make(kind, cleanup_timeout=0.05)
+    seen = []
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            seen.append("swallowed")
+        try:
+            ladder.signal("disconnect")
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append("cleaned")
+
+    async def host() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await ladder.run(work())
+
+    with anyio.fail_after(5):
+        task = asyncio.current_task()
+        assert task is not None
+        await host()
+        task.uncancel()
+    assert seen == ["swallowed", "cleaned"]
+
+
+@edges
+async def test_a_native_cancellation_after_the_work_took_ours_back_is_not_swallowed(kind: str) -> None:
+    """C14."""
+    seen = []
+
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if kind == "native":
+                task.uncancel()
+            seen.append("swallowed")
+        swallowed.set()
+        await asyncio.sleep(60)
+
+    swallowed = asyncio.Event()
+
+    async def host() -> None:
+        ladder = make(kind)
+        asyncio.get_running_loop().call_later(0.01, ladder.signal, "disconnect")
+        await ladder.run(work())
+
+    task = asyncio.create_task(host())
+    await swallowed.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert seen == ["swallowed"]
+
+
+@native
+async def test_a_request_leaves_no_reference_cycle(kind: str) -> None:
+    import gc
+
+    async def host(work: Work) -> None:
+        ladder = make(kind)
+        ladder.listen(lambda: ladder.cause)
+        asyncio.get_running_loop().call_soon(ladder.signal, "disconnect")
+        await ladder.run(work())
+
+    async def cancelled() -> None:
+        await asyncio.sleep(60)
+
+    await host(cancelled)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            await host(cancelled)
+        assert gc.collect() < 10
+    finally:
+        gc.enable()
+
+
+def test_a_loop_that_is_closed_under_a_request() -> None:
+    """No "Event loop is closed" on top of that."""
+    loop = asyncio.new_event_loop()
+
+    async def host() -> None:
+        ladder = make("native")
+        ladder.spawn(anyio.sleep_forever)
+        await ladder.run(asyncio.sleep(60))
+
+    coro = host()
+    task = loop.create_task(coro)
+    loop.run_until_complete(asyncio.sleep(0.001))
+    helpers = asyncio.all_tasks(loop) - {task}
+    loop.close()
+    coro.close()
+    for each in (task, *helpers):
+        each._log_destroy_pending = False  # type: ignore[attr-defined]
+        each.get_coro().close()
+
+
 # -- C14: cancellation from outside --------------------------------------------------------------
 
 

@@ -104,3 +104,13 @@ def test_a_router_has_its_policy() -> None:
     assert isinstance(route, CancellableRoute)
     assert route.policy.grace == 3
     assert CancellableRoute.policy.grace == 0
+
+
+def test_only_fastapis_own_broken_stream_is_quiet() -> None:
+    from anyio import BrokenResourceError
+
+    from fastapi_cancel.exceptions import is_quiet
+
+    with pytest.raises(BrokenResourceError) as info:
+        raise BrokenResourceError
+    assert not is_quiet(info.value)

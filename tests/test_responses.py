@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, WebSocket
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -21,7 +22,7 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
-from fastapi_cancel._closing import close
+from fastapi_cancel._closing import InThread, close, in_threads
 from fastapi_cancel.protect import protect
 
 from .asgi import Connection, run_until_left
@@ -152,6 +153,27 @@ async def test_nothing_is_sent_after_the_signal_to_a_client_that_is_still_there(
     await connection.run(CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4)))
     assert connection.body == b"first"
     assert notes == ["closed"]
+
+
+async def test_nothing_is_pulled_after_a_signal_that_came_during_send() -> None:
+    """C16: before each chunk is pulled, too."""
+    connection, notes = Connection(), Notes()
+
+    async def content() -> AsyncIterator[str]:
+        connection.unblocked = anyio.Event()
+        yield "first"
+        notes.append("pulled again")
+
+    async def unblock() -> None:
+        await anyio.sleep(0.05)
+        connection.unblocked.set()
+
+    response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
+    async with anyio.create_task_group() as group:
+        group.start_soon(unblock)
+        await connection.run(response)
+    assert connection.body == b"first"
+    assert notes == []
 
 
 async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
@@ -361,7 +383,7 @@ async def test_a_generator_that_fails_to_close_is_logged(caplog: pytest.LogCaptu
 
 
 async def test_a_synchronous_generator_is_closed_in_a_thread() -> None:
-    """C9: also the one inside Starlette's wrapper, before and after its first step."""
+    """C9: also the one inside Starlette's wrapper, unless somebody has begun to pull that."""
     notes = Notes()
 
     def content() -> Iterator[str]:
@@ -372,15 +394,76 @@ async def test_a_synchronous_generator_is_closed_in_a_thread() -> None:
             notes.append(str(threading.current_thread() is threading.main_thread()))
 
     response = StreamingResponse(content())
+    in_threads(response)
     assert await anext(aiter(response.body_iterator)) == "0"
     await close(response.body_iterator)
     assert notes == ["False"]
 
     unstarted = StreamingResponse(content())
+    in_threads(unstarted)
     await close(unstarted.body_iterator)
     await close(unstarted.body_iterator)
     assert notes == ["False"]
-    await close(iter([]))
+
+    begun = StreamingResponse(iter(["0"]))
+    body = begun.body_iterator
+    for expected in (["0"], []):
+        async for chunk in body:
+            assert [chunk] == expected
+            break
+        in_threads(begun)
+        assert begun.body_iterator is body
+    await close(body)
+
+
+async def test_a_generator_is_not_closed_under_the_thread_that_runs_it() -> None:
+    """The server's own cancellation does not wait for the thread; the closing does."""
+    running, go_on, notes = threading.Event(), threading.Event(), Notes()
+
+    def content() -> Iterator[str]:
+        try:
+            running.set()
+            go_on.wait(5)
+            yield "0"
+        finally:
+            notes.append("closed")
+
+    body = InThread(content())
+    async with anyio.create_task_group() as group:
+        threading.Thread(target=body._next).start()
+        await run_sync(running.wait)
+        group.start_soon(close, body)
+        await anyio.sleep(0.01)
+        assert notes == []
+        go_on.set()
+    assert notes == ["closed"]
+
+
+async def test_what_is_no_generator_is_left_to_its_owner(caplog: pytest.LogCaptureFixture) -> None:
+    class Shared(Iterator[str]):
+        closed = False
+
+        def __next__(self) -> str:
+            raise StopIteration
+
+        def close(self) -> None:
+            self.closed = True
+
+    shared = Shared()
+    await Connection().run(CancellableStreamingResponse(shared))
+    await close(shared)
+    assert not shared.closed
+
+    def failing() -> Iterator[str]:
+        try:
+            yield ""
+        finally:
+            raise ValueError("in the generator's cleanup")
+
+    generator = failing()
+    next(generator)
+    await close(generator)
+    assert "in the generator's cleanup" in caplog.text
 
 
 # -- files ---------------------------------------------------------------------------------------

@@ -406,3 +406,150 @@ async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
     connection = Connection()
     await connection.run(serve(endpoint, CancelPolicy(timeout=0.02)))
     assert connection.body == b"firstsecond"
+
+
+# -- what a review found -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leave", [True, False])
+async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(leave: bool) -> None:
+    """C13: FastAPI closes its stream under its own writing task."""
+    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+
+    async def endpoint() -> AsyncIterator[int]:
+        try:
+            for number in range(100_000):
+                if number == 20:
+                    started.set()
+                yield number
+        finally:
+            seen.append("closed")
+
+    app = serve(endpoint, CancelPolicy(send_timeout=None if leave else 0.05), response_class=EventSourceResponse)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(connection.run, app)
+            await started.wait()
+            connection.unblocked = anyio.Event()
+            await anyio.sleep(0.02)
+            if leave:
+                connection.left.set()
+    assert seen == ["closed"]
+
+
+@pytest.mark.parametrize("policy", [CancelPolicy(), CancelPolicy(grace=0.02), CancelPolicy(causes=["disconnect"])])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_sse_generator_is_interrupted_once_when_its_consumer_fails(policy: CancelPolicy) -> None:
+    """C7, C11: it waits at its `yield`, or in between; nobody left, nobody signalled."""
+    seen = []
+
+    async def endpoint() -> AsyncIterator[Any]:
+        try:
+            yield 1
+            yield sys
+            yield 3
+            await anyio.sleep_forever()
+        except BaseException as exc:
+            seen.append(type(exc).__name__)
+            raise
+        finally:
+            for _ in range(5):
+                await anyio.sleep(0.01)
+            seen.append("closed")
+
+    with anyio.fail_after(5), pytest.raises(Exception):  # noqa: B017, PT011
+        await Connection().run(serve(endpoint, policy, response_class=EventSourceResponse))
+    assert seen in (["GeneratorExit", "closed"], ["CancelledError", "closed"])
+
+
+async def test_an_error_in_the_cleanup_of_an_sse_generator_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """C13: nobody pulls any more who could raise it."""
+    started = anyio.Event()
+
+    async def endpoint() -> AsyncIterator[int]:
+        try:
+            yield 1
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.01)
+            raise ValueError("in the generator's cleanup")
+
+    await run_until_left(Connection(), serve(endpoint, response_class=EventSourceResponse), started)
+    assert "in the generator's cleanup" in caplog.text
+
+
+async def test_a_background_task_of_a_request_within_the_request_runs_once() -> None:
+    """C12."""
+    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+    app = FastAPI()
+    app.router.route_class = CancellableRoute
+
+    async def background() -> None:
+        seen.append("background")
+
+    @app.get("/inner")
+    async def inner(tasks: BackgroundTasks) -> str:
+        tasks.add_task(background)
+        return "inner"
+
+    @app.get("/")
+    async def outer(request: Request) -> None:
+        scope = {**request.scope, "path": "/inner"}
+        sub = Connection()
+        await app({**scope, "raw_path": b"/inner"}, sub.receive, sub.send)
+        assert sub.body == b'"inner"'
+        started.set()
+        await anyio.sleep_forever()
+
+    await run_until_left(connection, app, started)
+    assert seen == ["background"]
+
+
+async def test_the_answer_to_a_timeout_does_not_wait_for_background_tasks() -> None:
+    connection = Connection()
+    seen: list[Any] = []
+
+    async def background() -> None:
+        seen.append(connection.status)
+
+    class Slow(Response):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await anyio.sleep_forever()
+
+    async def endpoint(tasks: BackgroundTasks) -> Response:
+        tasks.add_task(background)
+        return Slow()
+
+    await connection.run(serve(endpoint, CancelPolicy(timeout=0.02)))
+    assert connection.status == 504
+    assert seen == [504]
+
+
+async def test_a_response_of_an_endpoint_that_opted_out_is_not_cancelled() -> None:
+    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+
+    async def content() -> AsyncIterator[str]:
+        yield "first"
+        started.set()
+        await connection.left.wait()
+        await anyio.sleep(0.02)
+        seen.append("went on")
+
+    async def hook() -> None:
+        seen.append("cleaned")
+
+    @never_cancel
+    async def endpoint() -> Response:
+        return CancellableStreamingResponse(content(), cleanup=hook)
+
+    app = serve(endpoint)
+
+    async def as_2_4(scope: Any, receive: Any, send: Any) -> None:
+        # Starlette itself would stop for an older server.
+        scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
+        await app(scope, receive, send)
+
+    await run_until_left(connection, as_2_4, started)
+    assert seen == ["went on", "cleaned"]
