@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from . import drops, inprocess, streams, wire
+from . import drops, everywhere, inprocess, streams, wire
 from .harness import Section
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "served-streams": streams.served,
     "idle": streams.idle,
     "drops": drops.run,
+    "servers": everywhere.run,
 }
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"

@@ -35,9 +35,9 @@ def has_scope(task: asyncio.Task[Any]) -> bool:
 
 
 def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
-    """Whether an AnyIO shield is between ``task`` and the scope ``within``."""
-    state = _states.get(task)
-    scope = state and state.cancel_scope
+    """Whether an AnyIO shield is between ``task`` and the scope ``within``, as far as can be told."""
+    state = _states.get(task) if _states is not None else None
+    scope = state.cancel_scope if state is not None else None
     while scope is not None and scope is not within:
         if scope.shield:
             return True

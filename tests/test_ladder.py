@@ -836,6 +836,27 @@ async def test_the_ladder_fits_the_task(kind: str, anyio_backend: str, monkeypat
     assert found[2:] == [ScopedLadder, ScopedLadder]
 
 
+@scoped
+async def test_shields_are_honoured_without_that_look(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AnyIO does so by itself."""
+    monkeypatch.setattr(_native, "_states", None)
+    started, seen = anyio.Event(), list[Any]()
+
+    async def work() -> None:
+        with anyio.CancelScope(shield=True):
+            started.set()
+            await anyio.sleep(0.02)
+            seen.append("committed")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(0.001)
+            seen.append("cleaned")
+
+    await run(kind, work, started)
+    assert seen == ["committed", "cleaned"]
+
+
 def test_without_the_look_into_anyio_everything_goes_the_anyio_way(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
