@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any, ParamSpec
 
@@ -56,33 +57,35 @@ class Cancellable(Response):
         self._cleanups.append(partial(function, *args, **kwargs))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (around := channel_of(scope)) is not None:
-            self._ladder = around.ladder
-        opted_out = KEY in scope and around is None
-        if scope["type"] == "http" and not opted_out:
-            await protect(self._respond, scope, receive, send, self._active_policy(), self)
-        else:  # or a WebSocket's denial: its channel is not ours
+        around = channel_of(scope)
+        if scope["type"] == "http" and (around is not None or KEY not in scope):
+            policy = self._policy_over(around.ladder.policy if around is not None else CancelPolicy())
+            await protect(self._respond, scope, receive, send, policy, self)
+        else:  # the endpoint opted out; or a WebSocket is denied, whose channel is not ours
             await self._respond(scope, receive, send)
 
-    def _active_policy(self) -> CancelPolicy:
-        policy = self._policy or (self._ladder.policy if self._ladder is not None else CancelPolicy())
+    def _policy_over(self, default: CancelPolicy) -> CancelPolicy:
+        policy = self._policy or default
         return policy if self._send_timeout is None else policy.replace(send_timeout=self._send_timeout)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A copy: a response to a file may serve several requests at once. Without the background task,
+        # which Starlette would run before the cleanup.
+        running = copy(self)
+        running.background = None
         if (channel := channel_of(scope)) is not None:
-            self._ladder = channel.ladder
-        background, self.background = self.background, None  # Starlette would run it before the cleanup
+            running._ladder = channel.ladder
         try:
-            await super().__call__(scope, receive, send)
+            await super(Cancellable, running).__call__(scope, receive, send)
         finally:
-            self.background = background
-            await self.aclose()
-        if background is not None:
-            await background()
+            await running.aclose()
+        if self.background is not None:
+            await self.background()
 
     async def aclose(self) -> None:
         """Run what has not run of the cleanup. Called at the end; harmless to call again."""
-        await run_cleanups(self._cleanups, self._active_policy().cleanup_timeout, type(self).__name__)
+        policy = self._ladder.policy if self._ladder is not None else self._policy_over(CancelPolicy())
+        await run_cleanups(self._cleanups, policy.cleanup_timeout, type(self).__name__)
 
 
 class CancellableStreamingResponse(Cancellable, StreamingResponse):
@@ -140,7 +143,8 @@ class CancellableStreamingResponse(Cancellable, StreamingResponse):
             raise RequestCancelled(self._ladder.cause)
 
     async def aclose(self) -> None:
-        sources, self._sources = self._sources, []
+        sources = self._sources.copy()
+        self._sources.clear()
         try:
             if sources and self.body_iterator is not sources[0]:  # somebody wrapped it
                 await close(self.body_iterator)

@@ -482,6 +482,20 @@ async def test_a_file_and_its_cleanup(tmp_path: Path) -> None:
     assert notes == ["cleaned", "background"]
 
 
+async def test_one_response_may_serve_several_requests_at_once(tmp_path: Path) -> None:
+    """As Starlette's may; each of them has its background task."""
+    path = tmp_path / "file.txt"
+    path.write_text("content")
+    notes = Notes()
+    response = CancellableFileResponse(path, background=BackgroundTask(notes.hook("background")))
+    connections = [Connection() for _ in range(3)]
+    async with anyio.create_task_group() as group:
+        for connection in connections:
+            group.start_soon(connection.run, response)
+    assert [connection.body for connection in connections] == [b"content"] * 3
+    assert notes == ["background"] * 3
+
+
 async def test_a_file_refuses_a_wrong_argument() -> None:
     with pytest.raises(ValueError, match="send_timeout"):
         CancellableFileResponse("x", send_timeout=-1)
