@@ -93,7 +93,7 @@ def run(quick: bool) -> Section:
                 while running.json("/stats")["started"].get(path) != CLIENTS:
                     time.sleep(0.01)
                 since = max(client.abort() for client in clients)
-                done = 0
+                done, took = 0, 0.0
                 while done < CLIENTS and time.monotonic() < since + (1 if quick else PATIENCE):
                     done = running.json("/stats")["cleaned"].get(path, 0)
                     took = time.monotonic() - since
