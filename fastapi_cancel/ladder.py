@@ -220,11 +220,12 @@ class Ladder(ABC):
             self._stop(*self._timers)
 
     def _on_wait(self) -> None:
-        self._restless = self.state in (DUE, FORCE)
-        if self._restless:
-            self._call_soon(self._attempt)
+        self._restless = False
         if not self._watched:
-            self._start_watching()
+            self._start_watching()  # which may have news at once
+        if self.state in (DUE, FORCE):
+            self._restless = True
+            self._call_soon(self._attempt)
 
     # -- the rungs ---------------------------------------------------------------------------
 
