@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from ._closing import close, in_threads
 from ._endpoints import closing, current
 from .policy import CancelPolicy, policy_of
-from .protect import KEY, channel_of, protect
+from .protect import KEY, protect
 from .responses import Cancellable
 
 
@@ -55,17 +55,14 @@ class CancellableRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        if self._yields:
+            handler = _as_current(handler)
 
         async def cancellable_handler(request: Request) -> Response:
+            response = await handler(request)
             scope = request.scope
-            if (channel := channel_of(scope)) is None:
-                return await handler(request)
-            reset = current.set((scope, channel.ladder)) if self._yields else None
-            try:
-                response = await handler(request)
-            finally:
-                if reset is not None:
-                    current.reset(reset)
+            if (channel := scope.get(KEY)) is None:  # opted out
+                return response
             if channel.scope is scope:  # else it is a request within the request
                 channel.response = response
             # To close before the dependencies do, in the task of the request, even if never called.
@@ -77,3 +74,20 @@ class CancellableRoute(APIRoute):
             return response
 
         return cancellable_handler
+
+
+def _as_current(
+    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    """Let the endpoint's wrapper find the request, to have its generator closed."""
+
+    async def handle(request: Request) -> Response:
+        if (channel := request.scope.get(KEY)) is None:
+            return await handler(request)
+        reset = current.set((request.scope, channel.ladder))
+        try:
+            return await handler(request)
+        finally:
+            current.reset(reset)
+
+    return handle
