@@ -21,10 +21,9 @@ from typing import Any
 import anyio
 from starlette.types import Scope
 
+from ._beside import Beside
 from ._closing import Closing, close, logger
 from .ladder import Ladder
-from .policy import CAUSES, Cause
-from .protect import ladder_for
 
 current: ContextVar[tuple[Scope, Ladder]] = ContextVar("fastapi_cancel_request")
 """The request whose handler runs, for the endpoint's wrapper to find."""
@@ -89,53 +88,33 @@ class _OwnTask:
 
     def __init__(self, generator: AsyncGenerator[Any, None], scope: Scope, parent: Ladder) -> None:
         self._generator = generator
-        self._scope = scope
-        self._parent = parent
-        self._ladder: Ladder
-        self._signal: Callable[[Cause], object] = lambda cause: None
-        self._error: Exception | None = None
         self._told = False
-        self._ended = anyio.Event()
         self._items, self._pulled = anyio.create_memory_object_stream[Any]()
-        parent.spawn(self._run)
+        self._beside = Beside(self._produce, scope, parent, done=lambda _: self._items.close())
 
     async def pull(self) -> Any:
         try:
             return await self._pulled.receive()
         except anyio.EndOfStream:
-            if self._error is not None:
+            if self._beside.error is not None:
                 self._told = True
-                raise self._error from None
+                raise self._beside.error from None
             raise StopAsyncIteration from None
 
     async def end(self) -> None:
         """Have the generator closed, wherever it is, and wait for that."""
-        self._signal(self._parent.cause or "stop")
         self._pulled.close()
-        with anyio.CancelScope(shield=True):
-            await self._ended.wait()
-        if self._error is not None and not self._told:
-            logger.error("%r failed", self._generator, exc_info=self._error)
-        self._error = None
-
-    async def _run(self) -> None:
-        # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
-        self._ladder = ladder = ladder_for(self._parent.policy.replace(causes=CAUSES, timeout=None), self._scope)
-        self._signal = ladder.signal
-        self._parent.listen(lambda: ladder.signal(self._parent.cause or "stop"))
-        try:
-            await ladder.run(self._produce())
-        except Exception as exc:
-            self._error = exc
-        finally:
-            self._items.close()
-            self._ended.set()
+        await self._beside.end()
+        if self._beside.error is not None and not self._told:
+            logger.error("%r failed", self._generator, exc_info=self._beside.error)
+        self._beside.error = None
 
     async def _produce(self) -> None:
         try:
             async for item in self._generator:
                 await self._items.send(item)
         except anyio.BrokenResourceError:  # nobody pulls any more: that is its interruption
-            self._ladder.settle()
+            assert self._beside.ladder is not None
+            self._beside.ladder.settle()
         finally:
             await close(self._generator)

@@ -31,6 +31,10 @@ class RequestCancelled(CancelError):
         self.cause = cause
 
 
+class InvalidEvent(CancelError, ValueError):
+    """An event of a stream cannot be sent: the message names the field, and what is allowed."""
+
+
 class NotCancellable(CancelError, RuntimeError):
     """A token was asked for on a route that nobody watches."""
 

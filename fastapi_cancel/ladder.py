@@ -85,6 +85,7 @@ class Ladder(ABC):
     :ivar cause: why the work ends early, once it does
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
+    :ivar parting: called when the grace is over, before the cancellation
     """
 
     # Defaults live in the class: most requests never change most of them.
@@ -92,6 +93,7 @@ class Ladder(ABC):
     state = RUN
     waits = 0
     watch: Callable[[], bool] | None = None
+    parting: Callable[[], object] | None = None
     _watched = False
     _restless = True
     _insist = False
@@ -214,7 +216,7 @@ class Ladder(ABC):
     def _end(self) -> None:
         """The work has ended. Leaves no timer, and no reference cycle: the request is freed at once."""
         self.state = DONE
-        self.watch = self._waiting_for = None
+        self.watch = self.parting = self._waiting_for = None
         self._listeners = ()
         if self._timers:
             self._stop(*self._timers)
@@ -231,6 +233,8 @@ class Ladder(ABC):
 
     def _cancel(self) -> None:
         if self.state == RUN:
+            if self.parting is not None:
+                self.parting()
             self.state = DUE
             self._restless = True
             self._start("overdue", self.policy.cleanup_timeout, self._overdue)
@@ -251,7 +255,7 @@ class Ladder(ABC):
         due = self.state == DUE
         logger.warning(
             "%s: %s after %s (cause: %s)%s",
-            self._name(),
+            self.name(),
             "still shielded or in a worker thread" if due else "cleanup not finished",
             f"{self.policy.cleanup_timeout:g} s",
             self.cause,
@@ -265,7 +269,7 @@ class Ladder(ABC):
             self._restless = True
             self._force()
 
-    def _name(self) -> str:
+    def name(self) -> str:
         """Method, path and function of the request: "GET /export (export)"."""
         scope = self._scope
         name = f"{scope.get('method', scope['type'])} {scope.get('root_path', '')}{scope['path']}"

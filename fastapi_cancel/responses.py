@@ -84,7 +84,7 @@ class Cancellable(Response):
 
     async def aclose(self) -> None:
         """Run what has not run of the cleanup. Called at the end; harmless to call again."""
-        policy = self._ladder.policy if self._ladder is not None else self._policy_over(CancelPolicy())
+        policy = self._policy_over(self._ladder.policy if self._ladder is not None else CancelPolicy())
         await run_cleanups(self._cleanups, policy.cleanup_timeout, type(self).__name__)
 
 
@@ -143,15 +143,18 @@ class CancellableStreamingResponse(Cancellable, StreamingResponse):
             raise RequestCancelled(self._ladder.cause)
 
     async def aclose(self) -> None:
-        sources = self._sources.copy()
-        self._sources.clear()
         try:
-            if sources and self.body_iterator is not sources[0]:  # somebody wrapped it
-                await close(self.body_iterator)
-            for source in sources:
-                await close(source)
+            await self._close_content()
         finally:
             await super().aclose()
+
+    async def _close_content(self) -> None:
+        sources = self._sources.copy()
+        self._sources.clear()
+        if sources and self.body_iterator is not sources[0]:  # somebody wrapped it
+            await close(self.body_iterator)
+        for source in sources:
+            await close(source)
 
 
 class CancellableFileResponse(Cancellable, FileResponse):

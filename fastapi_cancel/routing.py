@@ -67,6 +67,7 @@ class CancellableRoute(APIRoute):
                 channel.response = response
             # To close before the dependencies do, in the task of the request, even if never called.
             if isinstance(response, Cancellable):
+                response._ladder = channel.ladder
                 scope["fastapi_inner_astack"].push_async_callback(response.aclose)
             elif isinstance(response, StreamingResponse):
                 in_threads(response)

@@ -873,4 +873,4 @@ def test_without_the_look_into_anyio_everything_goes_the_anyio_way(monkeypatch: 
 async def test_the_log_names_the_function(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     ladder = GroupLadder(CancelPolicy(), {"type": "http", "path": "/x", "endpoint": test_grace})
-    assert ladder._name() == "http /x (test_grace)"
+    assert ladder.name() == "http /x (test_grace)"

@@ -1,0 +1,168 @@
+"""Events on the wire: what a stream may yield, as bytes; and the id that a client comes back with.
+
+The format is that of the WHATWG HTML standard, section 9.2.6, "Interpreting an event stream"
+(https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation).
+A line ends at CR LF, LF or CR and nowhere else: U+2028 and the like are text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Annotated, Any, TypeAlias
+
+from fastapi import Depends, Header
+from fastapi.encoders import jsonable_encoder
+from fastapi.sse import ServerSentEvent as FastAPIEvent
+from pydantic import BaseModel
+from pydantic_core import to_json
+from sse_starlette.event import JSONServerSentEvent, ServerSentEvent
+
+from .exceptions import InvalidEvent
+
+__all__ = ["JSONServerSentEvent", "LastEventID", "ServerSentEvent", "encode", "get_last_event_id"]
+
+Encoded: TypeAlias = tuple[bytes, str | None]
+"""The bytes of an event, and its id if it has one."""
+
+FIELDS = ("data", "event", "id", "retry", "comment")
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def encode(item: Any, sep: str = "\r\n") -> Encoded:
+    """One event as bytes, and its id.
+
+    ======================================= ===========================================================
+    item                                    what goes out
+    ======================================= ===========================================================
+    bytes, bytearray, memoryview            the bytes as they are: you wrote the wire format
+    str, and whatever is not named here     ``data: …``, each line on its own; ``str()`` of it
+    dict                                    the fields ``data``, ``event``, ``id``, ``retry``, ``comment``
+    ``ServerSentEvent`` of sse-starlette    its fields; ``data`` by ``str()``
+    ``ServerSentEvent`` of FastAPI          its fields; ``data`` as JSON, ``raw_data`` as it is
+    Pydantic model, dataclass               ``data: …`` as JSON
+    ======================================= ===========================================================
+
+    :param sep: the line ending, for events that do not bring their own
+    :raises InvalidEvent: a field cannot be sent; the message names it
+    """
+    kind: Hashable = type(item)
+    try:
+        return _encoder(kind)(item, sep)
+    except InvalidEvent:
+        raise
+    except (TypeError, ValueError) as exc:  # half a character (a lone surrogate); not serialisable as JSON
+        raise InvalidEvent(f"cannot be sent as an event: {item!r}: {exc}") from exc
+
+
+@lru_cache(maxsize=256)
+def _encoder(kind: type) -> Callable[[Any, str], Encoded]:
+    if issubclass(kind, (bytes, bytearray, memoryview)):
+        return lambda item, sep: (bytes(item), None)
+    if issubclass(kind, str):
+        return _text
+    if issubclass(kind, ServerSentEvent):
+        return _event if kind.encode is ServerSentEvent.encode else _own_encoding
+    if issubclass(kind, dict):
+        return _fields
+    if issubclass(kind, FastAPIEvent):
+        return _fastapi_event
+    if issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind):
+        return lambda item, sep: _format(sep, _json(item))
+    return lambda item, sep: _text(str(item), sep)
+
+
+def _text(item: str, sep: str) -> Encoded:
+    if "\n" in item or "\r" in item:
+        return _format(sep, item)
+    return f"data: {item}{sep}{sep}".encode(), None
+
+
+def _event(item: ServerSentEvent, sep: str) -> Encoded:
+    return _format(item._sep, item.data, item.event, item.id, item.retry, item.comment)
+
+
+def _own_encoding(item: ServerSentEvent, sep: str) -> Encoded:
+    return item.encode(), _identifier(item.id)
+
+
+def _fields(item: dict[str, Any], sep: str) -> Encoded:
+    if not item.keys() <= _KNOWN:
+        unknown = ", ".join(repr(name) for name in item if name not in _KNOWN)
+        raise InvalidEvent(f"an event has no {unknown}; it has {', '.join(FIELDS)}")
+    return _format(sep, *map(item.get, FIELDS))
+
+
+_KNOWN = {*FIELDS, "sep"}  # sse-starlette takes `sep` too, and ignores it
+
+
+def _fastapi_event(item: FastAPIEvent, sep: str) -> Encoded:
+    data = item.raw_data
+    if data is None and item.data is not None:
+        data = _json(item.data)
+    return _format(sep, data, item.event, item.id, item.retry, item.comment)
+
+
+def _json(value: Any) -> str:
+    return to_json(value, inf_nan_mode="null", fallback=jsonable_encoder).decode()
+
+
+def _format(
+    sep: str, data: Any = None, event: str | None = None, id: Any = None, retry: Any = None, comment: Any = None
+) -> Encoded:
+    text = "" if comment is None else _lines(": ", str(comment), sep)
+    if id is not None:
+        id = _identifier(id)
+        text += f"id: {id}{sep}"
+    if event is not None:
+        if not isinstance(event, str) or "\n" in event or "\r" in event:
+            raise InvalidEvent(f"event must be a str without line breaks, not {event!r}")
+        text += f"event: {event}{sep}"
+    if data is not None:
+        text += _lines("data: ", data if type(data) is str else str(data), sep)
+    if retry is not None:
+        check_retry(retry)
+        text += f"retry: {retry}{sep}"
+    return (text + sep).encode(), id
+
+
+def _lines(field: str, value: str, sep: str) -> str:
+    if "\n" in value or "\r" in value:
+        return "".join(f"{field}{line}{sep}" for line in _LINE_END.split(value))
+    return f"{field}{value}{sep}"
+
+
+def _identifier(id: Any) -> str | None:
+    """A client ignores an id with NUL in it, and a line break would end it."""
+    if isinstance(id, int) and not isinstance(id, bool):
+        return str(id)
+    if id is not None and (not isinstance(id, str) or "\n" in id or "\r" in id or "\0" in id):
+        raise InvalidEvent(f"id must be a str without NUL or line breaks, or an int, not {id!r}")
+    return id
+
+
+def check_retry(retry: Any) -> None:
+    """Refuse what a client would ignore: ``retry`` is digits only, milliseconds."""
+    if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
+        raise InvalidEvent(f"retry must be a whole number of milliseconds, 0 or more, not {retry!r}")
+
+
+def is_whole(chunk: bytes) -> bool:
+    """Whether ``chunk``, written by somebody else, ends where an event does."""
+    return chunk.endswith((b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n", b"\r\n\n", b"\n\r"))
+
+
+async def get_last_event_id(last_event_id: Annotated[str | None, Header()] = None) -> str | None:
+    """The id of the last event that this client saw, when it comes back; ``None`` when it is new.
+
+    Browsers send it as UTF-8 (HTML standard, section 9.2.3); ASGI and Starlette read headers as Latin-1.
+    """
+    if last_event_id is None:
+        return None
+    return last_event_id.encode("latin-1").decode(errors="replace")
+
+
+LastEventID = Annotated[str | None, Depends(get_last_event_id)]
+"""``async def events(last: LastEventID)``: where a client that comes back left off."""
