@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, Any, TypeAlias
 
@@ -26,6 +26,7 @@ __all__ = ["JSONServerSentEvent", "LastEventID", "ServerSentEvent", "encode", "g
 
 Encoded: TypeAlias = tuple[bytes, str | None]
 """The bytes of an event, and its id if it has one."""
+Encoder: TypeAlias = Callable[[Any, str], Encoded]
 
 FIELDS = ("data", "event", "id", "retry", "comment")
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -48,17 +49,15 @@ def encode(item: Any, sep: str = "\r\n") -> Encoded:
     :param sep: the line ending, for events that do not bring their own
     :raises InvalidEvent: a field cannot be sent; the message names it
     """
-    kind: Hashable = type(item)
     try:
-        return _encoder(kind)(item, sep)
+        return _encoder(type(item))(item, sep)
     except InvalidEvent:
         raise
     except (TypeError, ValueError) as exc:  # half a character (a lone surrogate); not serialisable as JSON
         raise InvalidEvent(f"cannot be sent as an event: {item!r}: {exc}") from exc
 
 
-@lru_cache(maxsize=256)
-def _encoder(kind: type) -> Callable[[Any, str], Encoded]:
+def _choose(kind: type) -> Encoder:
     if issubclass(kind, (bytes, bytearray, memoryview)):
         return lambda item, sep: (bytes(item), None)
     if issubclass(kind, str):
@@ -72,6 +71,9 @@ def _encoder(kind: type) -> Callable[[Any, str], Encoded]:
     if issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind):
         return lambda item, sep: _format(sep, _json(item))
     return lambda item, sep: _text(str(item), sep)
+
+
+_encoder: Callable[[type], Encoder] = lru_cache(maxsize=256)(_choose)
 
 
 def _text(item: str, sep: str) -> Encoded:

@@ -82,6 +82,7 @@ class Ladder(ABC):
 
     :param policy: how it ends early
     :param scope: the ASGI scope, to name the request in the log
+    :ivar scope: that of the request
     :ivar cause: why the work ends early, once it does
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
@@ -103,7 +104,7 @@ class Ladder(ABC):
 
     def __init__(self, policy: CancelPolicy, scope: Scope) -> None:
         self.policy = policy
-        self._scope = scope
+        self.scope = scope
 
     # -- causes ------------------------------------------------------------------------------
 
@@ -271,7 +272,7 @@ class Ladder(ABC):
 
     def name(self) -> str:
         """Method, path and function of the request: "GET /export (export)"."""
-        scope = self._scope
+        scope = self.scope
         name = f"{scope.get('method', scope['type'])} {scope.get('root_path', '')}{scope['path']}"
         if (function := getattr(scope.get("endpoint"), "__qualname__", None)) is not None:
             name += f" ({function})"

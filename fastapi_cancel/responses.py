@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import Any, ParamSpec
@@ -18,6 +19,7 @@ from .exceptions import RequestCancelled
 from .ladder import Ladder
 from .policy import CancelPolicy, check_seconds
 from .protect import KEY, channel_of, protect
+from .shutdown import draining, is_event_stream
 
 P = ParamSpec("P")
 
@@ -123,6 +125,10 @@ class CancellableStreamingResponse(Cancellable, StreamingResponse):
         self._sources: list[object] = [self.body_iterator]
 
     async def stream_response(self, send: Send) -> None:
+        with draining(self._ladder) if self._ladder is not None and is_event_stream(self) else nullcontext():
+            await self._stream_chunks(send)
+
+    async def _stream_chunks(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         ladder = self._ladder
         self._check()

@@ -15,6 +15,7 @@ from ._endpoints import closing, current
 from .policy import CancelPolicy, policy_of
 from .protect import KEY, protect
 from .responses import Cancellable
+from .shutdown import draining, is_event_stream
 
 
 class CancellableRoute(APIRoute):
@@ -72,6 +73,8 @@ class CancellableRoute(APIRoute):
             elif isinstance(response, StreamingResponse):
                 in_threads(response)
                 scope["fastapi_inner_astack"].push_async_callback(close, response.body_iterator)
+                if is_event_stream(response):
+                    scope["fastapi_inner_astack"].enter_context(draining(channel.ladder))
             return response
 
         return cancellable_handler

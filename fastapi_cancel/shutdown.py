@@ -1,11 +1,14 @@
 """Draining: when the server is told to stop, every event stream is told, and ends in its own way.
 
-No server tells the application: each takes the signal, then waits for the open responses, and only then sends
-lifespan.shutdown. So, from the first event stream on, we stand before the server's own signal handler.
+No server tells the application: each waits for the open responses, and only then sends lifespan.shutdown. So
+there are two ways to learn of it, both in use while event streams are open:
 
-What has been heard belongs to the handler that heard it, not to the process: a server that ends takes its
-handler with it, and one that starts later in the same process starts anew (sysid/sse-starlette#211). Event
-loops outside the main thread hear no signals, as their servers hear none; there :func:`drain` is for you to call.
+- *signals*: we stand before the server's own handler of SIGTERM and SIGINT, and call it. That is immediate.
+- *listening sockets*: a server that stops closes them first (:mod:`._listeners`). We look now and then.
+
+Nothing is remembered of a server that has ended, so that one which starts later in the same process starts anew
+(sysid/sse-starlette#211): what has been heard belongs to the signal handler that heard it, and a server takes its
+handler with it. Event loops outside the main thread hear no signals, as their servers hear none.
 """
 
 from __future__ import annotations
@@ -14,11 +17,20 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from types import FrameType
 from typing import Protocol
 
+from starlette.responses import Response
+
+from ._heart import Heart, Pulse, heart_for
+from ._listeners import Address, Still, address_of, listening
+from .ladder import Ladder
+
 AT_ONCE = 50  # streams told in one turn of the event loop
+LOOK = 0.2  # seconds between two looks at the listening sockets
 
 Soon = Callable[[Callable[[], object]], object]
 """Has an event loop call a function soon. Identifies the loop; may be used in a signal handler."""
@@ -30,57 +42,108 @@ class Stream(Protocol):
     def shut_down(self) -> None: ...
 
 
-class _Streams(set[Stream]):
-    """Those of one event loop.
+class Endless:
+    """An event stream that has nothing to say at its end."""
 
-    :param hears: whether the loop runs in the main thread, where the signals arrive
+    def __init__(self, ladder: Ladder) -> None:
+        self._ladder = ladder
+
+    def shut_down(self) -> None:
+        self._ladder.signal("shutdown")
+
+
+class _Streams(dict[Stream, Address | None]):
+    """Those of one event loop, and where they came in.
+
+    :param hears: whether the loop runs in the main thread, where signals arrive
     """
 
-    def __init__(self, hears: bool) -> None:
+    def __init__(self, soon: Soon, hears: bool) -> None:
         self.hears = hears
+        self._soon = soon
+        self._heart: Heart | None = None
+        self._pulse: Pulse
+        self._still: dict[Address, Still] = {}
+        self._unknown: set[Address] = set()
+        self._closed: set[Address] = set()
+
+    def look_at(self, address: Address | None, heart: Heart) -> None:
+        """See to it that the end of listening at ``address`` is noticed."""
+        if address is None:
+            return
+        if address not in self._still:
+            self._unknown.add(address)
+        if self._heart is not heart:  # on Trio each request has its own
+            self._heart = heart
+            self._pulse = Pulse(self._look)
+            heart.add(self._pulse, 0)
+
+    def stop(self) -> None:
+        if self._heart is not None:
+            self._pulse.stop()
+
+    def _look(self, now: float) -> float:
+        if self._unknown:
+            found = listening()
+            for address in self._unknown:  # if not found: closed already, or a server with sockets of its own (Granian)
+                self._still[address] = found.get(address, partial(bool, address not in self._closed))
+            self._unknown.clear()
+        for address in [address for address, still in self._still.items() if not still()]:
+            del self._still[address]
+            self._closed.add(address)
+            self.tell([stream for stream, came_in in self.items() if came_in == address])
+        return now + LOOK
+
+    def tell(self, streams: list[Stream]) -> None:
+        """Shut ``streams`` down, some at a time."""
+        self._tell(iter(streams))
+
+    def _tell(self, streams: Iterator[Stream]) -> None:
+        for stream in (some := list(islice(streams, AT_ONCE))):
+            stream.shut_down()
+        if some:
+            self._soon(lambda: self._tell(streams))
 
 
 _open: dict[Soon, _Streams] = {}
 
 
-def enter(stream: Stream) -> None:
-    """Have ``stream`` told when the server is to stop, or now if it has been told so already."""
+def is_event_stream(response: Response) -> bool:
+    """Whether ``response`` is expected to go on for ever. Others are given the time that they need."""
+    return (response.media_type or "").startswith("text/event-stream")
+
+
+@contextmanager
+def draining(ladder: Ladder, stream: Stream | None = None) -> Iterator[None]:
+    """Have ``stream`` told when its server is to stop, at once if it has been told so already."""
+    stream = stream or Endless(ladder)
     soon = _soon()
     if (streams := _open.get(soon)) is None:
-        streams = _open[soon] = _Streams(threading.current_thread() is threading.main_thread())
-    streams.add(stream)
+        streams = _open[soon] = _Streams(soon, hears=threading.current_thread() is threading.main_thread())
+    address = streams[stream] = address_of(ladder.scope.get("server"))
+    streams.look_at(address, heart_for(ladder))
     if streams.hears and _listen():
         stream.shut_down()
-
-
-def leave(stream: Stream) -> None:
-    """``stream`` has ended. Harmless to call again."""
-    soon = _soon()
-    if (streams := _open.get(soon)) is not None:
-        streams.discard(stream)
+    try:
+        yield
+    finally:
+        del streams[stream]
         if not streams:
+            streams.stop()
             del _open[soon]
 
 
 def drain() -> int:
-    """End the open event streams of the running event loop, as SIGTERM does: farewell, grace, cancellation.
+    """End the open event streams of the running event loop, as SIGTERM does: grace, farewell, cancellation.
 
-    For servers that are stopped in another way, such as one that was started in a thread.
+    For when you know before the server does.
 
     :return: how many there were
     """
-    soon = _soon()
-    streams = list(_open.get(soon, ()))
-    _tell(iter(streams), soon)
+    if (streams := _open.get(_soon())) is None:
+        return 0
+    streams.tell(list(streams))
     return len(streams)
-
-
-def _tell(streams: Iterator[Stream], soon: Soon) -> None:
-    some = list(islice(streams, AT_ONCE))
-    for stream in some:
-        stream.shut_down()
-    if some:
-        soon(lambda: _tell(streams, soon))
 
 
 def _soon() -> Soon:
@@ -118,7 +181,7 @@ def _listen() -> bool:
         if isinstance(handler, _Listener):
             heard = heard or handler.heard
         elif not callable(handler):
-            break  # nobody takes SIGTERM: there is no server to wait for us
+            break  # nobody takes SIGTERM: there is no server to wait for us (Hypercorn's workers)
         else:
             signal.signal(signum, _Listener(handler))
             signal.siginterrupt(signum, False)  # as asyncio has it

@@ -268,13 +268,12 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         sender: Beside | None = None
         try:
             await send(self._start())
-            shutdown.enter(self)
-            if self._data_sender is not None:
-                sender = Beside(self._data_sender, scope, ladder, done=self._sender_done)
-            await self._stream(ladder)
+            with shutdown.draining(ladder, self):
+                if self._data_sender is not None:
+                    sender = Beside(self._data_sender, scope, ladder, done=self._sender_done)
+                await self._stream(ladder)
         finally:
             self.active = False
-            shutdown.leave(self)
             if self._pulse is not None:
                 self._pulse.stop()
             if sender is not None:

@@ -24,10 +24,19 @@ COMMANDS: dict[str, list[str]] = {
     "uvicorn-httptools": ["uvicorn", "--http", "httptools", "--loop", "asyncio", "--port", "{port}", "{app}"],
     "uvicorn-h11": ["uvicorn", "--http", "h11", "--loop", "asyncio", "--port", "{port}", "{app}"],
     "uvicorn-uvloop": ["uvicorn", "--http", "httptools", "--loop", "uvloop", "--port", "{port}", "{app}"],
+    "uvicorn-workers": ["uvicorn", "--workers", "2", "--port", "{port}", "{app}"],
+    "uvicorn-limited": ["uvicorn", "--limit-max-requests", "6", "--port", "{port}", "{app}"],
+    "gunicorn-limited": ["gunicorn", "-k", "asgi", "--max-requests", "6", "-b", "127.0.0.1:{port}", "{app}"],
+    "hypercorn-limited": ["hypercorn", "--max-requests", "5", "-b", "127.0.0.1:{port}", "{app}"],
     "gunicorn": ["gunicorn", "-k", "asgi", "-w", "1", "-b", "127.0.0.1:{port}", "--access-logfile", "-", "{app}"],
+    "gunicorn-workers": ["gunicorn", "-k", "asgi", "-w", "2", "-b", "127.0.0.1:{port}", "{app}"],
+    "gunicorn-uvicorn": [
+        *("gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", "2", "-b", "127.0.0.1:{port}", "{app}")
+    ],
     "hypercorn": ["hypercorn", "-b", "127.0.0.1:{port}", "--access-logfile", "-", "{app}"],
     "hypercorn-trio": ["hypercorn", "-k", "trio", "-b", "127.0.0.1:{port}", "--access-logfile", "-", "{app}"],
     "granian": ["granian", "--interface", "asgi", "--port", "{port}", "--access-log", "{app}"],
+    "granian-workers": ["granian", "--interface", "asgi", "--workers", "2", "--port", "{port}", "{app}"],
     "daphne": ["daphne", "-b", "127.0.0.1", "-p", "{port}", "{app}"],
 }
 SERVERS = ["uvicorn-httptools", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
@@ -89,9 +98,9 @@ class LiveServer:
         """What the server has written since the last ``fresh``."""
         return self.log.read_text()[self.mark :]
 
-    def wait_for_text(self, text: str) -> None:
+    def wait_for_text(self, text: str, times: int = 1) -> None:
         end = time.monotonic() + DEADLINE
-        while text not in self.text():
+        while self.text().count(text) < times:
             assert time.monotonic() < end, f"never {text!r}, but {self.text()!r}"
             time.sleep(0.01)
 
@@ -188,6 +197,14 @@ class Client:
         while received := self.socket.recv(65536):
             body += received
         return status, body
+
+    def rest(self) -> bytes:
+        """What is left of a chunked body, framing included; it has ended as it should."""
+        while b"\r\n0\r\n\r\n" not in self.buffer:
+            received = self.socket.recv(65536)
+            assert received, f"cut off after {self.buffer!r}"
+            self.buffer += received
+        return self.buffer
 
     def exactly(self, size: int) -> bytes:
         while len(self.buffer) < size:

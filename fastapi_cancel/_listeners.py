@@ -1,0 +1,70 @@
+"""Which addresses the server of this event loop listens at, and whether it still does.
+
+A server that stops closes its listening sockets first, whatever made it stop: a signal, ``should_exit``, a limit
+of requests (uvicorn, gunicorn), or a parent process that tells its workers by other means (Hypercorn). Every
+server written in Python has one task that waits for that end, with the sockets among its local variables: as
+asyncio's or uvloop's ``Server``, as Trio's ``SocketListener``. There we look; no server's own names are needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, TypeAlias
+
+Address: TypeAlias = int | str
+"""A port, or the path of a Unix socket."""
+Still: TypeAlias = Callable[[], bool]
+
+
+def address_of(server: tuple[str, int | None] | None) -> Address | None:
+    """That of ``scope["server"]``."""
+    return None if server is None else server[1] or server[0]
+
+
+def listening() -> dict[Address, Still]:
+    """For each address that the server listens at: whether it still does."""
+    return {address: still for task in _tasks() for thing in _locals(task) for address, still in _addresses(thing)}
+
+
+def _tasks() -> Iterable[Any]:
+    """The outermost coroutine of each task of the running event loop."""
+    try:
+        return [task.get_coro() for task in asyncio.all_tasks()]
+    except RuntimeError:
+        tasks = [sys.modules["trio"].lowlevel.current_root_task()]
+        for task in tasks:  # it grows
+            tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        return [task.coro for task in tasks]
+
+
+def _locals(coroutine: Any) -> Iterator[object]:
+    """What the frames of a suspended coroutine hold, and what their objects call ``servers``."""
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        for value in frame.f_locals.values():
+            yield value
+            yield getattr(value, "__dict__", {}).get("servers")
+        coroutine = coroutine.cr_await
+
+
+def _addresses(things: object) -> Iterator[tuple[Address, Still]]:
+    if not isinstance(things, list):
+        return
+    for thing in things:
+        if inspect.getattr_static(thing, "is_serving", None) is not None:
+            for socket in thing.sockets:
+                yield _name(socket), thing.is_serving
+        elif (trio := sys.modules.get("trio")) and isinstance(thing, trio.SocketListener):
+            yield _name(thing.socket), partial(_is_open, thing.socket)
+
+
+def _is_open(socket: Any) -> bool:
+    return bool(socket.fileno() >= 0)
+
+
+def _name(socket: Any) -> Address:
+    name: tuple[str, int] | str = socket.getsockname()
+    return name[1] if isinstance(name, tuple) else name

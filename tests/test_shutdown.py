@@ -1,0 +1,221 @@
+"""The server is told to stop while event streams are open."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from fastapi_cancel import shutdown
+
+from .live import DEADLINE, Client, LiveServer, free_port
+from .shutdown_app import app
+
+APP = "tests.shutdown_app:app"
+SERVERS = {
+    # what the process exits with, by itself: uvicorn re-raises the signal when it has ended
+    "uvicorn-httptools": -signal.SIGTERM,
+    "uvicorn-uvloop": -signal.SIGTERM,
+    "uvicorn-workers": 0,
+    "gunicorn": 0,
+    "gunicorn-workers": 0,
+    "gunicorn-uvicorn": 0,
+    "hypercorn": 0,
+    "hypercorn-trio": 0,
+    "granian": 0,
+    "granian-workers": 0,
+}
+
+
+# A worker that is told to stop while it starts may not hear it: what says that all have started.
+BOTH_UP = {
+    "uvicorn-workers": "Application startup complete",
+    "gunicorn-workers": "ASGI server listening",
+    "gunicorn-uvicorn": "Application startup complete",
+    "granian-workers": "Started worker-",
+}
+
+
+class Streams:
+    """A server with open streams, and what its processes left in a file."""
+
+    def __init__(self, server: str, directory: Path, **environment: object) -> None:
+        self.marks = directory / "marks"
+        self.marks.touch()
+        self.server = LiveServer(server, APP, marks=self.marks, **environment)
+        self.clients: list[Client] = []
+        if server in BOTH_UP:
+            self.server.wait_for_text(BOTH_UP[server], times=2)
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for client in self.clients:
+            client.close()
+        with self.server:
+            pass
+
+    def open(self, path: str, count: int = 1) -> None:
+        for _ in range(count):
+            client = self.server.open(path)
+            client.until(b"first")
+            self.clients.append(client)
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        self.server.process.send_signal(sig)
+        return self.server.process.wait(DEADLINE)
+
+    def rest(self) -> list[str]:
+        """What came after the first event, on each stream; each has ended as a response should."""
+        return [client.rest().decode() for client in self.clients]
+
+    def left(self, mark: str) -> int:
+        return self.marks.read_text().splitlines().count(mark)
+
+
+FAREWELL = "retry: 1500\r\n\r\nevent: bye\r\ndata: come back\r\n\r\n"
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_every_stream_gets_its_farewell(server: str, tmp_path: Path) -> None:
+    """C22: farewell with retry, a proper end, the awaiting cleanup; and the server leaves as it would without."""
+    with Streams(server, tmp_path) as streams:
+        streams.open("/events", 1000)
+        assert streams.stop() == SERVERS[server]
+        assert [rest for rest in streams.rest() if FAREWELL not in rest] == []
+        assert streams.left("closed") == 1000
+        assert streams.left("cleaned") == (1000 if server != "hypercorn-trio" else 0)  # Trio has level semantics
+        assert streams.server.complaints() == []
+
+
+@pytest.mark.parametrize("path", ["/plain/events", "/native", "/cancellable"])
+def test_other_event_streams_end_too(path: str, tmp_path: Path) -> None:
+    """C21: those of a plain route, FastAPI's own, and Starlette's with that media type."""
+    with Streams("uvicorn-httptools", tmp_path) as streams:
+        streams.open(path, 3)
+        assert streams.stop() == -signal.SIGTERM
+        streams.rest()
+        assert streams.left("cleaned") == 3
+        assert streams.server.complaints() == []
+
+
+def test_behind_middleware(tmp_path: Path) -> None:
+    with Streams("uvicorn-httptools", tmp_path, middleware=5) as streams:
+        streams.open("/events", 5)
+        assert streams.stop() == -signal.SIGTERM
+        assert [rest for rest in streams.rest() if FAREWELL not in rest] == []
+        assert streams.left("cleaned") == 5
+        assert streams.server.complaints() == []
+
+
+def test_sigint_drains_too(tmp_path: Path) -> None:
+    with Streams("uvicorn-httptools", tmp_path) as streams:
+        streams.open("/events")
+        streams.stop(signal.SIGINT)
+        assert FAREWELL in streams.rest()[0]
+        assert streams.left("cleaned") == 1
+
+
+def test_content_that_is_told_ends_by_itself(tmp_path: Path) -> None:
+    """sysid/sse-starlette#167: `shutdown_event` tells the content; nothing cancels it within its grace."""
+    with Streams("uvicorn-httptools", tmp_path) as streams:
+        streams.open("/cooperating")
+        streams.stop()
+        (rest,) = streams.rest()
+        assert "data: my own end\r\n\r\n" in rest
+        assert rest.index("my own end") < rest.index("data: bye")
+        assert streams.left("cleaned") == 1
+
+
+def test_content_goes_on_during_the_grace(tmp_path: Path) -> None:
+    """C22: and the farewell, made by a function, is the last event."""
+    with Streams("uvicorn-httptools", tmp_path) as streams:
+        streams.open("/graceful")
+        streams.stop()
+        (rest,) = streams.rest()
+        assert rest.count("data: tick") >= 2
+        assert f"id: {rest.count('data: tick') + 1}\r\nevent: bye\r\n\r\n" in rest
+        assert rest.index("event: bye") > rest.rindex("data: tick")
+
+
+def test_a_stream_that_may_not_be_interrupted_finishes(tmp_path: Path) -> None:
+    """sysid/sse-starlette#157: the policy leaves out the cause."""
+    with Streams("uvicorn-httptools", tmp_path) as streams:
+        streams.open("/uninterrupted")
+        streams.stop()
+        (rest,) = streams.rest()
+        assert "data: finished" in rest
+        assert "never" not in rest
+
+
+def test_signal_handlers_of_the_application_still_run(tmp_path: Path) -> None:
+    with Streams("uvicorn-httptools", tmp_path, own_handler=1) as streams:
+        streams.open("/events")
+        streams.stop()
+        assert streams.left("own handler") == 1
+        assert FAREWELL in streams.rest()[0]
+        assert streams.left("lifespan shutdown") == 1
+
+
+@pytest.mark.parametrize("server", ["uvicorn-limited", "hypercorn-limited", "gunicorn-limited"])
+def test_a_server_that_stops_without_a_signal(server: str, tmp_path: Path) -> None:
+    """After so many requests: seen by its listening sockets."""
+    with Streams(server, tmp_path) as streams:
+        streams.open("/events", 2)
+        with suppress(OSError, AssertionError):  # it no longer listens
+            for _ in range(10):
+                streams.server.get("/stats")
+        assert [rest for rest in streams.rest() if FAREWELL not in rest] == []
+        assert streams.server.complaints() == []
+
+
+class InThread:
+    """A uvicorn in a thread of this process, which no signal reaches."""
+
+    def __init__(self) -> None:
+        config = uvicorn.Config(app, port=free_port(), log_level="warning")
+        self.server = uvicorn.Server(config)
+        self.port = config.port
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self) -> InThread:
+        self.thread.start()
+        end = time.monotonic() + DEADLINE
+        while not self.server.started:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive()
+
+    def open(self) -> Client:
+        client = Client(self.port)
+        client.request("/events")
+        client.until(b"first")
+        return client
+
+
+def test_two_servers_in_one_process_do_not_disturb_each_other() -> None:
+    """sysid/sse-starlette#211: one is stopped, in whose thread nobody hears signals; the other goes on, and a third."""
+    with InThread() as one, InThread() as other, one.open() as first, other.open() as second:
+        one.stop()
+        assert FAREWELL in first.rest().decode()
+        with InThread() as third, third.open() as late:
+            second.socket.settimeout(4 * shutdown.LOOK)
+            with pytest.raises(TimeoutError):
+                second.until(b"bye")
+            late.close()
+        other.stop()
+        assert FAREWELL in second.rest().decode()
