@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from . import drops, everywhere, inprocess, streams, wire
+from . import drops, everywhere, inprocess, sse, streams, wire
 from .harness import Section
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
@@ -20,6 +20,11 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "served-streams": streams.served,
     "idle": streams.idle,
     "drops": drops.run,
+    "sse": sse.in_process,
+    "served-sse": sse.served,
+    "idle-sse": sse.idle,
+    "dropped-sse": sse.drops,
+    "crowd-sse": sse.crowd,
     "servers": everywhere.run,
 }
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
@@ -47,7 +52,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    packages = ["fastapi", "starlette", "anyio", "uvicorn"]
+    packages = ["fastapi", "starlette", "anyio", "uvicorn", "sse-starlette"]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"Python {platform.python_version()}, {versions}. ±: half of the middle 50 % of the rounds."
 

@@ -50,7 +50,7 @@ def run(quick: bool) -> Section:
             for who, (variant, path, ours) in CASES.items():
                 rounds = (3 if quick else 10) if ours else 1
                 drops = [drop(servers[variant], path, CLIENTS, 5 if ours else PATIENCE) for _ in range(rounds)]
-                section.rows.append(_row(what, who, drops, ours))
+                section.rows.append(row(what, who, drops, ours))
             if layers == 0:
                 section.rows += [_at_once(servers[variant], who, path) for who, (variant, path, _) in _many().items()]
     section.rows.sort(key=lambda row: "at once" in row.what)
@@ -112,7 +112,7 @@ def drop(server: Server, path: str, clients: int, patience: float) -> Drop:
     return Drop(len(finished), clients, last - left[0], late, stats["tasks"] - tasks)
 
 
-def _row(what: str, who: str, drops: list[Drop], ours: bool) -> Row:
+def row(what: str, who: str, drops: list[Drop], ours: bool) -> Row:
     worst = min(drops, key=lambda one: one.cleaned)
     if not worst.complete:
         budget = f"{worst.clients} cleanups" if ours else ""

@@ -20,9 +20,12 @@ CORES = sorted(os.sched_getaffinity(0))
 
 
 class Server:
-    """One variant, served. Runs on the first core; whoever asks should keep to another."""
+    """One variant, served. Runs on the first core; whoever asks should keep to another.
 
-    def __init__(self, variant: str, layers: int = 0) -> None:
+    :param factory: makes the application
+    """
+
+    def __init__(self, variant: str, layers: int = 0, factory: str = "benchmarks.apps:served") -> None:
         self.port = free_port()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the server)
         options = ["--http", "httptools", "--loop", "asyncio", "--no-access-log", "--backlog", "4096"]
@@ -35,7 +38,7 @@ class Server:
                 "--port",
                 str(self.port),
                 "--factory",
-                "benchmarks.apps:served",
+                factory,
             ],
             cwd=ROOT,
             env={**os.environ, "BENCH_VARIANT": variant, "BENCH_LAYERS": str(layers), "PYTHONHASHSEED": "0"},
@@ -59,6 +62,11 @@ class Server:
         """CPU seconds so far."""
         # The clock that clock_getcpuclockid(3) gives: as in /proc/<pid>/stat, in ns instead of ticks.
         return time.clock_gettime((~self._process.pid << 3) | 2)
+
+    def memory(self) -> int:
+        """Bytes of its that are in memory."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * resource.getpagesize()
 
     def json(self, path: str) -> Any:
         with Client(self.port) as client:

@@ -10,7 +10,9 @@ import tracemalloc
 from contextlib import ExitStack
 from functools import partial
 
-from .apps import MIDDLEWARE, OURS, PEERS, PEERS_MISSING, ROUTES, build
+from fastapi import FastAPI
+
+from .apps import MIDDLEWARE, OURS, PEERS, PEERS_MISSING, ROUTES, build, started
 from .asgi import Call, answer, cpu_of, discard
 from .harness import BASE, Section, at_most, interleave, ratio, ratios, shown, typical
 from .server import SERVER, Server
@@ -82,6 +84,7 @@ def served(quick: bool) -> Section:
 
 
 def cpu_a_chunk(server: Server, path: str) -> float:
+    """CPU seconds of the server for each of ``SERVED_CHUNKS`` chunks."""
     before = server.cpu()
     end = b""
     with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
@@ -99,7 +102,7 @@ def idle(quick: bool) -> Section:
     section = Section("An idle stream", f"{count:,} at once, in process: tasks, and memory by tracemalloc.")
     what = "extra tasks a stream"
     found = {
-        name: _idle(variant, path, count)
+        name: idle_stream(build(variant), path, count)
         for name, (variant, path) in {
             BASE: (BASE, "/idle"),
             "CancellableStreamingResponse": (BASE, "/cancellable-idle"),
@@ -123,17 +126,18 @@ def idle(quick: bool) -> Section:
     return section
 
 
-def _idle(variant: str, path: str, count: int) -> tuple[float, float]:
-    """Extra tasks, and bytes, of one idle stream."""
-    app = build(variant)
+def idle_stream(app: FastAPI, path: str, count: int) -> tuple[float, float]:
+    """Extra tasks, and bytes, of one of so many idle streams."""
 
     async def measure(streams: int) -> tuple[float, float]:
+        started.clear()
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
         calls = [Call(path) for _ in range(streams)]
         tasks = [asyncio.create_task(app(call.scope, call.receive, discard)) for call in calls]
         for _ in range(10):
             await asyncio.sleep(0)
+        assert len(started) == streams
         gc.collect()
         size = (tracemalloc.get_traced_memory()[0] - before) / streams
         extra = len(asyncio.all_tasks()) - 1 - streams

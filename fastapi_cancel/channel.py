@@ -60,11 +60,12 @@ class Channel:
     :param receive: the server's, or that of the middleware around
     :param send: likewise
     :param ladder: is told that the client has left, and that the response is complete
+    :ivar closing: the last message was handed on, though it may not have got through
     :ivar response: what goes out, once the route's handler has returned it
     """
 
     # Defaults live in the class: most requests never change most of them.
-    started = completed = gone = False
+    started = closing = completed = gone = False
     response: Response | None = None
     _ahead: Message | None = None
     _error: Exception | None = None
@@ -207,7 +208,7 @@ class Channel:
             self.ladder.settle()
             raise ClientGone("the client has left")
         if last:
-            self._finishing = True
+            self._finishing = self.closing = True
         try:
             if self.ladder.policy.send_timeout is None:
                 await self._server_send(message)

@@ -92,7 +92,7 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
     try:
         if not channel.started:
             await _answer(cause, channel.scope, receive, send)
-        elif cause == "shutdown":  # an event stream, which may end anywhere
+        elif cause == "shutdown" and not channel.closing:  # an event stream, which may end anywhere
             await send({"type": "http.response.body"})
     finally:
         if background is not None and channel.ladder.policy.background:
