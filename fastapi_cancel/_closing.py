@@ -9,6 +9,7 @@ from types import AsyncGeneratorType
 from typing import Any
 
 import anyio
+from anyio.abc import AsyncResource
 from anyio.to_thread import run_sync
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
@@ -24,12 +25,12 @@ class Closing(AsyncIterator[Any]):
 
 
 async def close(iterator: object) -> None:
-    """Close a generator: a synchronous one in a worker thread. Other iterators are their owner's.
+    """Close a generator, a synchronous one in a worker thread, or a stream of AnyIO's. Others are their owner's.
 
     There is no cancel scope around an asynchronous one: it may hold one of its own across a ``yield``.
     """
     try:
-        if isinstance(iterator, (AsyncGenerator, Closing)):
+        if isinstance(iterator, (AsyncGenerator, AsyncResource, Closing)):
             await iterator.aclose()
         elif isinstance(iterator, Generator):
             with anyio.CancelScope(shield=True):

@@ -29,6 +29,7 @@ Encoded: TypeAlias = tuple[bytes, str | None]
 Encoder: TypeAlias = Callable[[Any, str], Encoded]
 
 FIELDS = ("data", "event", "id", "retry", "comment")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -127,7 +128,12 @@ def _format(
     if retry is not None:
         check_retry(retry)
         text += f"retry: {retry}{sep}"
-    return (text + sep).encode(), id
+    try:
+        return (text + sep).encode(), id
+    except UnicodeEncodeError as exc:  # half a character, as JSON can hold it
+        fields = {"data": data, "event": event, "id": id, "comment": comment}
+        name = next(name for name, value in fields.items() if _SURROGATE.search(str(value)))
+        raise InvalidEvent(f"{name} must not hold lone surrogates: {fields[name]!r}") from exc
 
 
 def _lines(field: str, value: str, sep: str) -> str:
@@ -151,9 +157,10 @@ def check_retry(retry: Any) -> None:
         raise InvalidEvent(f"retry must be a whole number of milliseconds, 0 or more, not {retry!r}")
 
 
-def is_whole(chunk: bytes) -> bool:
-    """Whether ``chunk``, written by somebody else, ends where an event does."""
-    return chunk.endswith((b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n", b"\r\n\n", b"\n\r"))
+def is_whole(tail: bytes) -> bool:
+    """Whether a stream that ends with ``tail`` ends where an event does: with an empty line."""
+    line = tail[:-2] if tail.endswith(b"\r\n") else tail[:-1] if tail.endswith((b"\r", b"\n")) else b""
+    return line.endswith((b"\r", b"\n"))
 
 
 async def get_last_event_id(last_event_id: Annotated[str | None, Header()] = None) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
+import anyio
 from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -93,7 +94,8 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
         if not channel.started:
             await _answer(cause, channel.scope, receive, send)
         elif cause == "shutdown" and not channel.closing:  # an event stream, which may end anywhere
-            await send({"type": "http.response.body"})
+            with anyio.move_on_after(1, shield=True):
+                await send({"type": "http.response.body"})
     finally:
         if background is not None and channel.ladder.policy.background:
             await background()

@@ -59,6 +59,7 @@ from ._ahead import Ahead
 from ._beside import Beside
 from ._closing import Cleanup
 from ._heart import Pulse, heart_for
+from .channel import Channel
 from .events import check_retry, encode, is_whole
 from .exceptions import ClientGone, InvalidEvent, RequestCancelled
 from .ladder import RUN, Ladder
@@ -74,6 +75,7 @@ MAX_DELAY = 0.002  # seconds between the first of them and the sending
 MAX_BUSY = 0.05  # seconds without a turn of the event loop (C17)
 QUICK = 0.001  # seconds in which the content of a burst yields again
 PARTING = 1.0  # seconds that the farewell may take
+IDLE = 1.0  # seconds until we look again at a stream whose heartbeats were switched off meanwhile
 AT_ONCE, NO_LIMIT = 0.001, 1e9  # seconds: what sse-starlette's cleanup_timeout of 0 and None are to us
 
 HERE: frozenset[Cause] = frozenset({"stop", "timeout", "shutdown"})
@@ -141,8 +143,9 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
     _events = _bytes = 0
     _last_id: str | None = None
     _gathered_id: str | None = None
-    _whole = True
+    _tail = b"\n\n"
     _pulls = _busy = _said = _told = False
+    _channel: Channel | None = None
     _through: anyio.Event | None = None
     _pulse: Pulse | None = None
     _error: Exception | None = None
@@ -247,10 +250,11 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["type"] == "http" and scope["method"] == "HEAD":  # it would never end (sysid/sse-starlette#218)
+            if scope["type"] == "http" and scope["method"].upper() == "HEAD":  # it would never end (sysid/sse-starlette#218)
                 await send(self._start())
-                await send({"type": "http.response.body", "body": b""})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             elif (channel := channel_of(scope)) is not None:
+                self._channel = channel
                 await self._serve(channel.ladder, scope, send)
             else:  # the endpoint opted out, or a WebSocket is denied: nobody watches the client
                 ladder = ladder_for(self._policy_over(CancelPolicy()).replace(causes=()), scope)
@@ -417,8 +421,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         self._events += burst.events
         if burst.last_id is not None:
             self._last_id = burst.last_id
-        if burst.body:
-            self._whole = is_whole(burst.body)
+        self._tail = (self._tail + burst.body[-4:])[-4:]
 
     def _send_aside(self, burst: _Burst) -> None:
         self._busy = True
@@ -440,15 +443,15 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     def _look(self, now: float) -> float:
         """Send a heartbeat if one is due. When the next one may be."""
-        due = self._sent_at + self.ping_interval
+        due = self._sent_at + (self.ping_interval or IDLE)
         if due > now:
             return due
-        if self._pulls and not self._busy and self._whole:
+        if self.ping_interval and self._pulls and not self._busy and is_whole(self._tail):
             try:
                 self._send_aside(_Burst(self._heartbeat()))
             except Exception as exc:
                 self._break(exc)
-        return now + self.ping_interval
+        return now + (self.ping_interval or IDLE)
 
     def _heartbeat(self) -> bytes:
         if self.ping_message_factory is not None:
@@ -460,7 +463,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     def _last_words(self) -> bytes:
         """The farewell, if it is time for one and it has not been said."""
-        if self._said or not self._whole or self._running.cause not in HERE:
+        if self._said or not is_whole(self._tail) or self._running.cause not in HERE:
             return b""
         self._said = True
         farewell = self._farewell
@@ -487,6 +490,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         if not scope.cancelled_caught:
             with anyio.move_on_after(PARTING, shield=True):
                 await self._put(more_body=False)
+        elif self._channel is not None:
+            self._channel.closing = True  # it does not read: no more of this
 
     @property
     def _running(self) -> Ladder:

@@ -1,0 +1,905 @@
+"""SSEResponse in process: what it takes, when it sends, how it ends. Disconnects on real servers: test_sse_drops."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Generator
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import FastAPI, WebSocket
+from fastapi import Response as FastAPIResponse
+from sse_starlette.sse import EventSourceResponse
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.testclient import TestClient
+from starlette.types import Message
+from starlette.websockets import WebSocketDisconnect
+
+from fastapi_cancel import (
+    CancellableRoute,
+    CancelPolicy,
+    InvalidEvent,
+    ServerSentEvent,
+    SSEResponse,
+    StreamInfo,
+    drain,
+    never_cancel,
+)
+from fastapi_cancel.sse import MAX_BYTES
+
+from .asgi import Connection
+
+pytestmark = pytest.mark.anyio
+
+Events = AsyncIterator[Any]
+
+
+async def words(*items: Any) -> Events:
+    """All at once."""
+    for item in items:
+        yield item
+
+
+class Feed:
+    """A generator that yields what it is told to, when it is told to."""
+
+    def __init__(self, *first: Any) -> None:
+        self.items = list(first)
+        self.more = anyio.Event()
+        self.waiting = anyio.Event()
+        self.closed = anyio.Event()
+        self.seen: BaseException | None = None
+
+    def put(self, *items: Any) -> None:
+        self.items += items
+        self.more.set()
+
+    async def events(self) -> Events:
+        try:
+            while True:
+                while self.items:
+                    item = self.items.pop(0)
+                    if item is StopAsyncIteration:
+                        return
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+                self.more = anyio.Event()
+                self.waiting.set()
+                await self.more.wait()
+                self.waiting = anyio.Event()
+        except BaseException as exc:
+            self.seen = exc
+            raise
+        finally:
+            self.closed.set()
+
+
+class Wire(Connection):
+    """A connection on which one can wait for what is sent."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.moved = anyio.Event()
+
+    async def send(self, message: Message) -> None:
+        await super().send(message)
+        self.moved.set()
+
+    async def until(self, *texts: bytes) -> None:
+        with anyio.fail_after(5):
+            while not all(text in self.body for text in texts):
+                self.moved = anyio.Event()
+                await self.moved.wait()
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message["body"] for message in self.sent[1:]]
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.sent) and self.sent[-1].get("more_body") is False
+
+
+class Notes(list[Any]):
+    """What the hooks were called with, in order."""
+
+    async def on_disconnect(self, info: StreamInfo) -> None:
+        await anyio.sleep(0.001)
+        self.append(info)
+
+    async def cleanup(self) -> None:
+        await anyio.sleep(0.001)
+        self.append("cleanup")
+
+    async def client_close(self, message: Message) -> None:
+        await anyio.sleep(0.001)
+        self.append(message)
+
+
+async def sent_by(content: Any, **options: Any) -> Wire:
+    """The whole response to a client that stays."""
+    wire = Wire()
+    with anyio.fail_after(5):
+        await wire.run(SSEResponse(content, **options))
+    return wire
+
+
+# -- what it is, and what it refuses -------------------------------------------------------------
+
+
+def test_it_is_an_event_source_response() -> None:
+    """C19."""
+    assert issubclass(SSEResponse, (EventSourceResponse))
+    assert issubclass(SSEResponse, StreamingResponse)
+
+
+async def test_headers() -> None:
+    """No `Connection`: HTTP/2 forbids it."""
+    wire = await sent_by(words("x"))
+    assert dict(wire.sent[0]["headers"]) == {
+        b"content-type": b"text/event-stream; charset=utf-8",
+        b"cache-control": b"no-store",
+        b"x-accel-buffering": b"no",
+    }
+    wire = await sent_by(
+        words(), headers={"Cache-Control": "public", "X-A": "b", "Connection": "close"}, status_code=201
+    )
+    assert wire.status == 201
+    headers = dict(wire.sent[0]["headers"])
+    assert (headers[b"cache-control"], headers[b"x-a"]) == (b"public", b"b")
+    assert b"connection" not in headers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"content": 5}, TypeError, "content must be"),
+        ({"content": words}, TypeError, "content must be an iterable: call words"),
+        ({"heartbeat": 0}, ValueError, "heartbeat must be"),
+        ({"heartbeat": "15"}, TypeError, "heartbeat must be"),
+        ({"heartbeat": float("nan")}, ValueError, "heartbeat must be"),
+        ({"heartbeat": 15, "ping": 15}, TypeError, "heartbeat and ping are two names"),
+        ({"ping": -1}, ValueError, "ping must be"),
+        ({"ping": "5"}, TypeError, "ping must be"),
+        ({"sep": "\n\n"}, ValueError, "sep must be"),
+        ({"retry": -1}, ValueError, "retry must be"),
+        ({"retry": 1.5}, ValueError, "retry must be"),
+        ({"send_timeout": 0}, ValueError, "send_timeout must be"),
+        ({"shutdown_grace_period": -1}, ValueError, "shutdown_grace_period must be"),
+        ({"cleanup_timeout": -1}, ValueError, "cleanup_timeout must be"),
+        ({"on_disconnect": print}, TypeError, "on_disconnect must be an async callable"),
+        ({"cleanup": print}, TypeError, "cleanup must be async callables"),
+        ({"policy": 5}, TypeError, "policy must be a CancelPolicy"),
+        ({"ping_message_factory": 5}, TypeError, "ping_message_factory must be callable"),
+        ({"data_sender_callable": 5}, TypeError, "data_sender_callable must be callable"),
+        ({"client_close_handler_callable": 5}, TypeError, "client_close_handler_callable must be callable"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SSEResponse(**{"content": [], **arguments})
+
+
+def test_it_needs_no_event_loop_to_be_made() -> None:
+    """sysid/sse-starlette#59: nor does it keep one."""
+    SSEResponse(["x"])
+
+
+# -- content -------------------------------------------------------------------------------------
+
+
+class Counter:
+    """An iterator that is no generator."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __aiter__(self) -> Counter:
+        return self
+
+    async def __anext__(self) -> str:
+        self.count += 1
+        if self.count > 2:
+            raise StopAsyncIteration
+        await anyio.sleep(0)
+        return str(self.count)
+
+
+class Bare(Counter):
+    """Its ``__anext__`` returns something that is awaitable, and not a coroutine."""
+
+    def __anext__(self) -> Any:
+        step = super().__anext__
+
+        class Step:
+            def __await__(self) -> Generator[Any, Any, str]:
+                return step().__await__()
+
+        return Step()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: words("1", "2"),
+        lambda: ["1", "2"],
+        lambda: iter(("1", "2")),
+        lambda: (str(number) for number in (1, 2)),
+        Counter,
+        Bare,
+    ],
+)
+async def test_any_iterable(content: Callable[[], Any]) -> None:
+    assert (await sent_by(content())).body == b"data: 1\r\n\r\ndata: 2\r\n\r\n"
+
+
+async def test_a_memory_stream_as_content() -> None:
+    send, receive = anyio.create_memory_object_stream[str](2)
+    send.send_nowait("1")
+    send.close()
+    assert (await sent_by(receive)).body == b"data: 1\r\n\r\n"
+    receive.close()
+
+
+async def test_none_is_skipped() -> None:
+    notes = Notes()
+    wire = await sent_by(words(None, "1", None), cleanup=notes.cleanup)
+    assert wire.body == b"data: 1\r\n\r\n"
+
+
+async def test_separator() -> None:
+    wire = await sent_by(words("1", ServerSentEvent("2", sep="\r"), {"data": 3}), sep="\n")
+    assert wire.body == b"data: 1\n\ndata: 2\r\rdata: 3\n\n"
+
+
+async def test_retry_goes_first() -> None:
+    assert (await sent_by(words("1"), retry=3000)).body == b"retry: 3000\r\n\r\ndata: 1\r\n\r\n"
+
+
+async def test_a_bad_event_is_raised_where_it_was_made(caplog: pytest.LogCaptureFixture) -> None:
+    """The events before it arrive, the response ends as it should, the log shows the `yield`."""
+    raised: list[BaseException] = []
+
+    async def content() -> Events:
+        yield "good"
+        try:
+            yield {"data": "bad", "id": "a\nb"}
+        except InvalidEvent as exc:
+            raised.append(exc)
+            raise
+        yield "never"
+
+    wire = await sent_by(content())
+    assert wire.body == b"data: good\r\n\r\n"
+    assert wire.ended
+    assert "id must be a str without NUL or line breaks" in str(raised[0])
+    (record,) = caplog.records
+    assert "id must be" in record.message
+    assert record.exc_info is not None and record.exc_info[1] is raised[0]
+
+
+async def test_content_may_go_on_after_a_bad_event(caplog: pytest.LogCaptureFixture) -> None:
+    async def content() -> Events:
+        try:
+            yield {"dada": 1}
+        except InvalidEvent:
+            yield "good"
+
+    assert (await sent_by(content())).body == b"data: good\r\n\r\n"
+    assert caplog.records == []
+
+
+async def test_a_bad_event_of_no_generator_ends_the_stream(caplog: pytest.LogCaptureFixture) -> None:
+    wire = await sent_by(["good", {"retry": -1}, "never"])
+    assert wire.body == b"data: good\r\n\r\n"
+    assert wire.ended
+    assert "retry must be a whole number" in caplog.text
+
+
+async def test_an_error_of_the_content_comes_out_after_its_events() -> None:
+    async def content() -> Events:
+        yield "1"
+        yield "2"
+        raise ZeroDivisionError
+
+    wire = Wire()
+    with pytest.raises(ZeroDivisionError):
+        await wire.run(SSEResponse(content()))
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\n"
+    assert not wire.ended
+
+
+# -- when it sends -------------------------------------------------------------------------------
+
+
+async def test_events_that_are_ready_go_out_together() -> None:
+    wire = await sent_by(words(*range(1000)))
+    assert wire.body == b"".join(b"data: %d\r\n\r\n" % number for number in range(1000))
+    assert len(wire.bodies) < 100
+
+
+async def test_what_goes_out_together_is_bounded() -> None:
+    wire = await sent_by(words(*("x" * 1000 for _ in range(1000))))
+    assert max(map(len, wire.bodies)) < MAX_BYTES + 2000
+
+
+async def test_a_burst_does_not_wait_for_what_comes_after_it() -> None:
+    feed = Feed("1", "2", "3")
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events()))
+        await wire.until(b"data: 3")
+        feed.put("4")
+        await wire.until(b"data: 4")
+        feed.put("5", StopAsyncIteration)
+    assert wire.body == b"".join(b"data: %d\r\n\r\n" % number for number in range(1, 6))
+    assert wire.ended
+
+
+async def test_the_loop_turns_while_content_never_waits() -> None:
+    """C17: also when it has nothing to say."""
+
+    async def content() -> Events:
+        while True:
+            yield None
+
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(content()))
+            await anyio.sleep(0.01)
+            wire.leave()
+
+
+async def test_content_that_never_waits_is_stopped() -> None:
+    """C17."""
+    notes = Notes()
+
+    async def content() -> Events:
+        while True:
+            yield "x" * 100
+
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(content(), on_disconnect=notes.on_disconnect))
+            await wire.until(b"x")
+            wire.leave()
+    assert notes[0].cause == "disconnect"
+
+
+# -- heartbeats ----------------------------------------------------------------------------------
+
+
+async def test_heartbeats_on_an_idle_stream() -> None:
+    """C20."""
+    feed = Feed("1")
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events(), heartbeat=0.05))
+        await wire.until(b"data: 1")
+        await wire.until(b": ping - ")
+        assert wire.body.count(b"data") == 1
+        feed.put("2", StopAsyncIteration)
+    assert wire.body.endswith(b"\r\n\r\ndata: 2\r\n\r\n")
+
+
+@pytest.mark.parametrize("off", [{"heartbeat": None}, {"ping": 0}])
+async def test_no_heartbeats(off: dict[str, Any]) -> None:
+    """C20, sysid/sse-starlette#206: 0 is never, not always."""
+    feed = Feed("1")
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events(), **off))
+        await feed.waiting.wait()
+        await anyio.sleep(0.2)
+        feed.put(StopAsyncIteration)
+    assert wire.body == b"data: 1\r\n\r\n"
+
+
+async def test_heartbeats_switched_off_and_on_meanwhile() -> None:
+    """sysid/sse-starlette#206: `ping_interval = 0` in the middle of a stream."""
+    feed = Feed("1")
+    wire = Wire()
+    response = SSEResponse(feed.events(), ping=0.05)
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, response)
+        await wire.until(b": ping")
+        response.ping_interval = 0
+        before = wire.body.count(b": ping")
+        await anyio.sleep(0.3)
+        assert wire.body.count(b": ping") <= before + 1
+        feed.put(StopAsyncIteration)
+
+
+async def test_no_heartbeat_while_events_flow() -> None:
+    """C20: idle is measured from the last byte sent."""
+    feed = Feed()
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events(), heartbeat=1))
+        for number in range(12):
+            feed.put(number)
+            await wire.until(b"data: %d\r\n" % number)
+            await anyio.sleep(0.1)
+        feed.put(StopAsyncIteration)
+    assert b"ping" not in wire.body
+
+
+async def test_no_heartbeat_inside_an_event() -> None:
+    """C20: bytes are the content's own; an event that it has not ended is not broken into."""
+    feed = Feed(b"data: a")
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events(), heartbeat=0.05))
+        await wire.until(b"data: a")
+        await anyio.sleep(0.2)
+        feed.put(b"b\n\n")
+        await wire.until(b"\n\n: ping")
+        feed.put(StopAsyncIteration)
+    assert wire.body.startswith(b"data: ab\n\n")
+
+
+@pytest.mark.parametrize("made", [ServerSentEvent(event="ping"), {"event": "ping"}])
+async def test_heartbeats_of_ones_own(made: Any) -> None:
+    feed = Feed()
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events(), heartbeat=0.05, ping_message_factory=lambda: made))
+        await wire.until(b"event: ping\r\n\r\n")
+        feed.put(StopAsyncIteration)
+
+
+async def test_a_heartbeat_that_cannot_be_made_ends_the_stream() -> None:
+    def factory() -> Any:
+        raise ZeroDivisionError
+
+    feed = Feed("1")
+    wire = Wire()
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await wire.run(SSEResponse(feed.events(), heartbeat=0.05, ping_message_factory=factory))
+    assert feed.closed.is_set()
+
+
+async def test_time_limits_of_the_content_are_its_own() -> None:
+    """PEP 789: a heartbeat that blocks is not hit by a limit that the content has around its wait."""
+    passed = anyio.Event()
+
+    async def content() -> Events:
+        yield "1"
+        with anyio.move_on_after(0.3):
+            await anyio.sleep_forever()
+        passed.set()
+        yield "2"
+        yield StopAsyncIteration
+
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(content(), heartbeat=0.05))
+            await wire.until(b"data: 1")
+            wire.unblocked = anyio.Event()  # the next heartbeat blocks
+            await passed.wait()
+            wire.unblocked.set()
+            await wire.until(b": ping", b"data: 2")
+            assert wire.body.index(b": ping") < wire.body.index(b"data: 2")
+
+
+async def test_a_heartbeat_that_cannot_be_written_is_a_stalled_client() -> None:
+    """C18."""
+    notes = Notes()
+    feed = Feed("1")
+    wire = Wire()
+    response = SSEResponse(feed.events(), heartbeat=0.05, send_timeout=0.1, on_disconnect=notes.on_disconnect)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            await wire.until(b"data: 1")
+            wire.unblocked = anyio.Event()
+    assert notes[0].cause == "stalled"
+    assert feed.closed.is_set()
+
+
+async def test_an_error_of_send_aside_comes_out() -> None:
+    """Of a middleware, say. It ends the stream at once, however long the content waits."""
+
+    class Broken(Wire):
+        async def send(self, message: Message) -> None:
+            if b"ping" in message.get("body", b""):
+                raise ZeroDivisionError
+            await super().send(message)
+
+    feed = Feed("1")
+    wire = Broken()
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await wire.run(SSEResponse(feed.events(), heartbeat=0.05, farewell="never"))
+    assert feed.closed.is_set()
+    assert b"never" not in wire.body
+
+
+# -- ends ----------------------------------------------------------------------------------------
+
+
+async def leave_after(wire: Wire, response: Response, text: bytes) -> None:
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            await wire.until(text)
+            wire.leave()
+
+
+async def test_hooks_after_a_disconnect() -> None:
+    notes = Notes()
+    feed = Feed({"data": "a", "id": "1"}, {"data": "b", "id": "2"}, "c")
+    response = SSEResponse(
+        feed.events(),
+        on_disconnect=notes.on_disconnect,
+        cleanup=notes.cleanup,
+        client_close_handler_callable=notes.client_close,
+        farewell="never",
+    )
+    wire = Wire()
+    await leave_after(wire, response, b"data: c")
+    message, info, last = notes
+    assert message == {"type": "http.disconnect"}
+    assert last == "cleanup"
+    assert (info.cause, info.events, info.bytes, info.last_id) == ("disconnect", 3, len(wire.body), "2")
+    assert info.seconds > 0
+    assert feed.closed.is_set()
+    await response.aclose()
+    assert len(notes) == 3
+
+
+async def test_hooks_after_a_finish() -> None:
+    """`on_disconnect` is for early ends."""
+    notes = Notes()
+    response = SSEResponse(
+        words("1"),
+        on_disconnect=notes.on_disconnect,
+        cleanup=notes.cleanup,
+        client_close_handler_callable=notes.client_close,
+    )
+    await Wire().run(response)
+    assert notes == ["cleanup"]
+    assert response.info.events == 1
+    assert not response.active
+
+
+async def test_a_hook_that_fails_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    notes = Notes()
+
+    async def fails(_: Any) -> None:
+        raise ZeroDivisionError
+
+    feed = Feed("1")
+    response = SSEResponse(
+        feed.events(), on_disconnect=fails, client_close_handler_callable=fails, cleanup=notes.cleanup
+    )
+    await leave_after(Wire(), response, b"1")
+    assert notes == ["cleanup"]
+    assert len([record for record in caplog.records if record.exc_info]) == 2
+
+
+async def test_hooks_when_the_client_left_before_the_response() -> None:
+    """stemdeckapp/stemdeck#513: the generator never started."""
+    notes = Notes()
+    app = FastAPI()
+    app.router.route_class = CancellableRoute
+    wire = Wire()
+
+    @app.get("/")
+    async def endpoint(request: Request) -> FastAPIResponse:
+        response = SSEResponse(words("never"), on_disconnect=notes.on_disconnect, cleanup=notes.cleanup)
+        assert (await request.receive())["type"] == "http.request"
+        wire.leave()
+        with anyio.CancelScope(shield=True):
+            assert (await request.receive())["type"] == "http.disconnect"
+        return response
+
+    with anyio.fail_after(5):
+        await wire.run(app)
+    info, last = notes
+    assert (info.cause, info.events, info.bytes, info.last_id) == ("disconnect", 0, 0, None)
+    assert last == "cleanup"
+    assert wire.sent == []
+
+
+async def test_head_opens_no_stream() -> None:
+    """sysid/sse-starlette#218: the headers of GET, the background task, the cleanup; no content, no sender."""
+    notes = Notes()
+    begun: list[str] = []
+
+    async def content() -> Events:
+        begun.append("content")
+        yield "never"
+
+    async def sender() -> None:
+        begun.append("sender")
+
+    wire = Wire(method="HEAD")
+    response = SSEResponse(
+        content(),
+        cleanup=notes.cleanup,
+        data_sender_callable=sender,
+        background=BackgroundTask(notes.append, "background"),
+    )
+    with anyio.fail_after(5):
+        await wire.run(response)
+    assert begun == []
+    assert wire.bodies == [b""]
+    assert (b"content-type", b"text/event-stream; charset=utf-8") in wire.sent[0]["headers"]
+    assert notes == ["cleanup", "background"]
+
+
+async def test_websocket_denial() -> None:
+    app = FastAPI()
+
+    @app.websocket("/")
+    async def deny(socket: WebSocket) -> None:
+        await socket.send_denial_response(SSEResponse(words("no"), status_code=403))
+
+    with TestClient(app) as client, pytest.raises(WebSocketDisconnect) as caught:
+        with client.websocket_connect("/"):
+            pass
+    denial: Any = caught.value
+    assert (denial.status_code, denial.content) == (403, b"data: no\r\n\r\n")
+
+
+@pytest.mark.parametrize("way", ["never_cancel", "policy"])
+async def test_a_stream_that_runs_to_its_end_for_nobody(way: str) -> None:
+    """The endpoint opted out; or the policy leaves out the cause."""
+    app = FastAPI()
+    app.router.route_class = CancellableRoute
+    finished = anyio.Event()
+    feed = Feed("1")
+
+    async def content() -> Events:
+        async for item in feed.events():
+            yield item
+        finished.set()
+
+    async def endpoint() -> FastAPIResponse:
+        policy = CancelPolicy(causes={"shutdown"}) if way == "policy" else None
+        return SSEResponse(content(), heartbeat=0.05, policy=policy)
+
+    app.get("/")(never_cancel(endpoint) if way == "never_cancel" else endpoint)
+
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, app)
+            await wire.until(b"data: 1", b": ping")
+            wire.leave()
+            await anyio.sleep(0.1)
+            feed.put("2", "3", StopAsyncIteration)
+            await finished.wait()
+    assert b"data: 3" not in wire.body
+
+
+async def test_the_policy_limits_the_time() -> None:
+    """Cause `timeout`: the client is still there, so it gets the farewell and a proper end."""
+    notes = Notes()
+    feed = Feed("1")
+    wire = Wire()
+    response = SSEResponse(
+        feed.events(),
+        farewell=lambda info: {"event": "bye", "data": info.cause},
+        policy=CancelPolicy(timeout=0.05),
+        on_disconnect=notes.on_disconnect,
+    )
+    with anyio.fail_after(5):
+        await wire.run(response)
+    assert wire.body == b"data: 1\r\n\r\nevent: bye\r\ndata: timeout\r\n\r\n"
+    assert wire.ended
+    assert notes[0].cause == "timeout"
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [(0, 0.001), (None, 1e9), (5, 5)])
+async def test_cleanup_timeout(limit: float | None, seconds: float) -> None:
+    """sysid/sse-starlette#217: as there, 0 is at once and None is no limit."""
+    response = SSEResponse(words(), cleanup_timeout=limit)
+    assert response._policy_over(CancelPolicy(cleanup_timeout=7)).cleanup_timeout == seconds
+    assert SSEResponse(words())._policy_over(CancelPolicy(cleanup_timeout=7)).cleanup_timeout == 7
+
+
+# -- draining ------------------------------------------------------------------------------------
+
+
+async def drained(response: SSEResponse, text: bytes = b"data: 1", meanwhile: Callable[[], object] = int) -> Wire:
+    """What is sent in all if the server is told to stop after ``text``."""
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            await wire.until(text)
+            assert drain() == 1
+            meanwhile()
+    assert drain() == 0
+    return wire
+
+
+async def test_farewell() -> None:
+    """C22."""
+    notes = Notes()
+    feed = Feed("1")
+    wire = await drained(SSEResponse(feed.events(), farewell="bye", retry=5, on_disconnect=notes.on_disconnect))
+    assert wire.body == b"retry: 5\r\n\r\ndata: 1\r\n\r\nretry: 5\r\n\r\ndata: bye\r\n\r\n"
+    assert wire.ended
+    assert feed.closed.is_set()
+    assert notes[0].cause == "shutdown"
+
+
+async def test_no_farewell() -> None:
+    feed = Feed("1")
+    wire = await drained(SSEResponse(feed.events()))
+    assert wire.bodies[-1] == b""
+    assert wire.body == b"data: 1\r\n\r\n"
+    assert wire.ended
+
+
+async def test_the_farewell_is_said_before_a_slow_cleanup() -> None:
+    said = anyio.Event()
+    wire: Wire
+
+    async def content() -> Events:
+        try:
+            yield "1"
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):  # for Trio
+                await wire.until(b"data: bye")
+                said.set()
+
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(content(), farewell="bye"))
+            await wire.until(b"data: 1")
+            drain()
+    assert said.is_set()
+    assert wire.body.count(b"bye") == 1
+
+
+async def test_the_farewell_is_said_to_content_that_never_waits() -> None:
+    async def content() -> Events:
+        while True:
+            yield "x"
+
+    wire = await drained(SSEResponse(content(), farewell="bye"), b"x")
+    assert wire.body.endswith(b"data: x\r\n\r\ndata: bye\r\n\r\n")
+    assert wire.body.count(b"bye") == 1
+    assert wire.ended
+
+
+async def test_no_farewell_inside_an_event() -> None:
+    feed = Feed(b"data: 1")
+    wire = await drained(SSEResponse(feed.events(), farewell="bye"))
+    assert wire.body == b"data: 1"
+    assert wire.ended
+
+
+async def test_a_farewell_that_cannot_be_made_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def farewell(info: StreamInfo) -> Any:
+        raise ZeroDivisionError
+
+    wire = await drained(SSEResponse(Feed("1").events(), farewell=farewell))
+    assert wire.ended
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_the_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastapi_cancel.sse.PARTING", 0.05)
+    feed = Feed("1")
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(feed.events(), farewell="bye"))
+            await wire.until(b"data: 1")
+            wire.unblocked = anyio.Event()
+            feed.put("2")
+            await anyio.sleep(0.01)
+            drain()
+    assert b"bye" not in wire.body
+    assert feed.closed.is_set()
+
+
+async def test_content_that_watches_the_event_ends_by_itself() -> None:
+    """sysid/sse-starlette#167."""
+    event = anyio.Event()
+
+    async def content() -> Events:
+        yield "1"
+        await event.wait()
+        await anyio.sleep(0.01)
+        yield "2"
+
+    response = SSEResponse(content(), shutdown_event=event, shutdown_grace_period=10, farewell="bye")
+    wire = await drained(response)
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\ndata: bye\r\n\r\n"
+
+
+async def test_the_grace_has_an_end() -> None:
+    feed = Feed("1")
+    wire = await drained(
+        SSEResponse(feed.events(), shutdown_grace_period=0.05, farewell="bye"), meanwhile=lambda: feed.put("2")
+    )
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\ndata: bye\r\n\r\n"
+    assert feed.closed.is_set()
+
+
+async def test_a_policy_may_leave_out_the_shutdown() -> None:
+    """sysid/sse-starlette#157."""
+    feed = Feed("1")
+    response = SSEResponse(
+        feed.events(), farewell="never", shutdown_grace_period=0.01, policy=CancelPolicy(causes={"disconnect"})
+    )
+    wire = await drained(response, meanwhile=lambda: feed.put("2", StopAsyncIteration))
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\n"
+
+
+# -- a sender beside the stream ------------------------------------------------------------------
+
+
+async def test_a_sender_runs_beside_the_stream_and_ends_with_it() -> None:
+    send, receive = anyio.create_memory_object_stream[str]()
+    ended: list[str] = []
+
+    async def sender() -> None:
+        try:
+            async with send:
+                await send.send("1")
+                await send.send("2")
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):  # for Trio
+                await anyio.sleep(0.001)
+            ended.append("sender")
+
+    wire = await sent_by(receive, data_sender_callable=sender)
+    receive.close()
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\n"
+    assert ended == ["sender"]
+
+
+async def test_a_sender_may_end_before_the_stream() -> None:
+    feed = Feed()
+
+    async def sender() -> None:
+        feed.put("1")
+
+    wire = Wire()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wire.run, SSEResponse(feed.events(), data_sender_callable=sender))
+        await wire.until(b"data: 1")
+        feed.put("2", StopAsyncIteration)
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\n"
+
+
+async def test_a_sender_that_fails_ends_the_stream() -> None:
+    """The error is bare, not in a group."""
+
+    async def sender() -> None:
+        await anyio.sleep(0.01)
+        raise ZeroDivisionError
+
+    feed = Feed("1")
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await Wire().run(SSEResponse(feed.events(), data_sender_callable=sender))
+    assert feed.closed.is_set()
+
+
+async def test_a_sender_that_fails_at_the_end_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    feed = Feed("1")
+
+    async def sender() -> None:
+        try:
+            feed.put(StopAsyncIteration)
+            await anyio.sleep_forever()
+        finally:
+            raise ZeroDivisionError
+
+    assert (await sent_by(feed.events(), data_sender_callable=sender)).ended
+    assert "ZeroDivisionError" in caplog.text
