@@ -4,15 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint docs fastapi-suite lower clean
+.PHONY: demo test bench lint docs system fastapi-suite sse-starlette-suite lower clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.sse_chat
 
-test: lint $(VENV)/.installed
+test: lint system $(VENV)/.installed
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage report
-	$(MAKE) fastapi-suite lower
+	$(MAKE) fastapi-suite sse-starlette-suite lower
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -23,6 +23,14 @@ lint: $(VENV)/.installed
 # FastAPI's own tests, with and without CancellableRoute as the default: no new failure.
 fastapi-suite: $(VENV)/.installed
 	$(BIN)/python scripts/fastapi_suite.py
+
+# sse-starlette's own tests, with SSEResponse for its response: no failure but those that are listed with their reason.
+sse-starlette-suite: $(VENV)/.installed
+	$(BIN)/python scripts/sse_starlette_suite.py
+
+# What the tests need of the system: a browser, two proxies, Redis, curl. Installs what is missing, where it may.
+system:
+	$(PYTHON) scripts/system.py
 
 # The oldest versions that we promise to work with.
 lower: $(VENV)/.installed

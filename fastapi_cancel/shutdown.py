@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.responses import Response
 
@@ -34,6 +34,20 @@ LOOK = 0.2  # seconds between two looks at the listening sockets
 
 Soon = Callable[[Callable[[], object]], object]
 """Has an event loop call a function soon. Identifies the loop; may be used in a signal handler."""
+
+
+class Status:
+    """What an application that uses sse-starlette may say: its ``AppStatus``.
+
+    :ivar enable_automatic_graceful_drain: whether we are to act when we learn that the server stops
+    :ivar should_exit: end the streams now; set by the application, or by sse-starlette at a signal for ever
+    """
+
+    enable_automatic_graceful_drain = True
+    should_exit = False
+
+
+status: Any = Status
 
 
 class Stream(Protocol):
@@ -66,12 +80,11 @@ class _Streams(dict[Stream, Address | None]):
         self._still: dict[Address, Still] = {}
         self._unknown: set[Address] = set()
         self._closed: set[Address] = set()
+        self._should_exit = status.should_exit
 
     def look_at(self, address: Address | None, heart: Heart) -> None:
         """See to it that the end of listening at ``address`` is noticed."""
-        if address is None:
-            return
-        if address not in self._still:
+        if address is not None and address not in self._still:
             self._unknown.add(address)
         if self._heart is not heart:  # on Trio each request has its own
             self._heart = heart
@@ -91,7 +104,11 @@ class _Streams(dict[Stream, Address | None]):
         for address in [address for address, still in self._still.items() if not still()]:
             del self._still[address]
             self._closed.add(address)
-            self.tell([stream for stream, came_in in self.items() if came_in == address])
+            if status.enable_automatic_graceful_drain:
+                self.tell([stream for stream, came_in in self.items() if came_in == address])
+        if status.should_exit and not self._should_exit:
+            self.tell(list(self))
+        self._should_exit = status.should_exit
         return now + LOOK
 
     def tell(self, streams: list[Stream]) -> None:
@@ -166,10 +183,11 @@ class _Listener:
         self._handler = handler
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        self.heard = True
-        for soon, streams in list(_open.items()):
-            if streams.hears:
-                soon(drain)
+        if status.enable_automatic_graceful_drain:
+            self.heard = True
+            for soon, streams in list(_open.items()):
+                if streams.hears:
+                    soon(drain)
         self._handler(signum, frame)
 
 

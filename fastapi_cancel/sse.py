@@ -38,7 +38,7 @@ Races, and why each is harmless:
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,10 +48,10 @@ from types import EllipsisType
 from typing import Any, NamedTuple
 
 import anyio
-from sse_starlette.sse import EventSourceResponse
+from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette._utils import is_async_callable
 from starlette.background import BackgroundTask
-from starlette.responses import AsyncContentStream, ContentStream
+from starlette.responses import AsyncContentStream
 from starlette.types import Message, Receive, Scope, Send
 
 from . import shutdown
@@ -77,6 +77,8 @@ QUICK = 0.001  # seconds in which the content of a burst yields again
 PARTING = 1.0  # seconds that the farewell may take
 IDLE = 1.0  # seconds until we look again at a stream whose heartbeats were switched off meanwhile
 AT_ONCE, NO_LIMIT = 0.001, 1e9  # seconds: what sse-starlette's cleanup_timeout of 0 and None are to us
+
+shutdown.status = AppStatus
 
 HERE: frozenset[Cause] = frozenset({"stop", "timeout", "shutdown"})
 """The causes after which the client is still there."""
@@ -114,7 +116,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             return SSEResponse(feed(after=last), heartbeat=15)
 
     :param content: a sync or async iterable of events: all that :func:`~fastapi_cancel.events.encode` takes.
-        ``None`` is skipped: nothing is sent for it
+        ``None`` is skipped: nothing is sent for it. Events that are ready together go out together: what a
+        generator does after its ``yield`` may come before the sending, by two milliseconds at the most
     :param heartbeat: seconds without anything sent, after which a comment is; ``None``: never. Default: 15
     :param retry: milliseconds that the client is to wait before it comes back; sent first, and with the farewell
     :param farewell: the last event of a stream that the server ends early (shutdown, stop, timeout): an event,
@@ -153,7 +156,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     def __init__(
         self,
-        content: ContentStream,
+        content: AsyncIterable[Event] | Iterable[Event],
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
         media_type: str = "text/event-stream",
@@ -250,7 +253,9 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["type"] == "http" and scope["method"].upper() == "HEAD":  # it would never end (sysid/sse-starlette#218)
+            if (
+                scope["type"] == "http" and scope["method"].upper() == "HEAD"
+            ):  # it would never end (sysid/sse-starlette#218)
                 await send(self._start())
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             elif (channel := channel_of(scope)) is not None:
@@ -327,7 +332,9 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             if exc is not self._fault:
                 raise
             logger.error("%s: the stream ends here: %s", ladder.name(), exc, exc_info=exc)
-        await self._put(self._last_words(), more_body=False)
+        if (words := self._last_words()) or self._gathered:
+            await self._put(words)  # not with the last message: who leaves during that has got everything
+        await self._put(more_body=False)
 
     async def _pump(self, ladder: Ladder) -> None:
         """Pull, encode, gather and send, until the content ends."""

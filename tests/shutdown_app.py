@@ -12,13 +12,14 @@ from typing import Any
 import anyio
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.sse import EventSourceResponse as NativeSSE
+from sse_starlette.sse import AppStatus
 
-from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, SSEResponse
+from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, SSEResponse, shutdown
 
 from .app import Layer
 
 marks = os.environ.get("MARKS", os.devnull)
-state = {"open": 0}
+state = {"open": 0, "told": 0}
 
 
 def mark(text: str) -> None:
@@ -29,15 +30,18 @@ def mark(text: str) -> None:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    if os.environ.get("OWN_HANDLER"):
+    if os.environ.get("OWN_HANDLER") or os.environ.get("NO_DRAIN"):
         before = signal.getsignal(signal.SIGTERM)
 
         def handle(signum: int, frame: FrameType | None) -> None:
             mark("own handler")
+            state["told"] += 1
             assert callable(before)
             before(signum, frame)
 
         signal.signal(signal.SIGTERM, handle)
+    if os.environ.get("NO_DRAIN"):
+        AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
     yield
     mark("lifespan shutdown")
 
@@ -51,6 +55,12 @@ async def idle(first: Any = "first") -> AsyncIterator[Any]:
     state["open"] += 1
     try:
         yield first
+        if os.environ.get("NO_DRAIN"):
+            while not state["told"]:
+                await anyio.sleep(0.01)
+            await anyio.sleep(2 * shutdown.LOOK)
+            yield "still here"
+            AppStatus.should_exit = True
         await anyio.sleep_forever()
     finally:
         state["open"] -= 1

@@ -163,6 +163,18 @@ def test_signal_handlers_of_the_application_still_run(tmp_path: Path) -> None:
         assert streams.left("lifespan shutdown") == 1
 
 
+def test_automatic_draining_can_be_switched_off(tmp_path: Path) -> None:
+    """sysid/sse-starlette#157: its `disable_automatic_graceful_drain`; then `should_exit` is the application's."""
+    with Streams("uvicorn-httptools", tmp_path, no_drain=1) as streams:
+        streams.open("/events")
+        streams.server.process.send_signal(signal.SIGTERM)
+        streams.server.wait_for_text("Shutting down")
+        (client,) = streams.clients
+        client.until(b"still here")
+        client.until(FAREWELL.encode())
+        assert streams.server.process.wait(DEADLINE) == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("server", ["uvicorn-limited", "hypercorn-limited", "gunicorn-limited"])
 def test_a_server_that_stops_without_a_signal(server: str, tmp_path: Path) -> None:
     """After so many requests: seen by its listening sockets."""

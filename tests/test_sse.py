@@ -9,7 +9,7 @@ import anyio
 import pytest
 from fastapi import FastAPI, WebSocket
 from fastapi import Response as FastAPIResponse
-from sse_starlette.sse import EventSourceResponse
+from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -26,6 +26,7 @@ from fastapi_cancel import (
     StreamInfo,
     drain,
     never_cancel,
+    shutdown,
 )
 from fastapi_cancel.sse import MAX_BYTES
 
@@ -838,6 +839,28 @@ async def test_a_policy_may_leave_out_the_shutdown() -> None:
     )
     wire = await drained(response, meanwhile=lambda: feed.put("2", StopAsyncIteration))
     assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\n"
+
+
+async def test_draining_as_sse_starlette_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `AppStatus.should_exit`, set while a stream is open."""
+    monkeypatch.setattr(AppStatus, "should_exit", False)
+    feed = Feed("1")
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(feed.events(), farewell="bye"))
+            await wire.until(b"data: 1")
+            AppStatus.should_exit = True
+    assert wire.body == b"data: 1\r\n\r\ndata: bye\r\n\r\n"
+    # Nobody resets it. It says nothing about streams that come later: sysid/sse-starlette#211.
+    async with anyio.create_task_group() as group:
+        wire = Wire()
+        feed = Feed("1")
+        group.start_soon(wire.run, SSEResponse(feed.events(), farewell="never"))
+        await wire.until(b"data: 1")
+        await anyio.sleep(2 * shutdown.LOOK)
+        feed.put(StopAsyncIteration)
+    assert wire.body == b"data: 1\r\n\r\n"
 
 
 # -- a sender beside the stream ------------------------------------------------------------------

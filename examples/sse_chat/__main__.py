@@ -9,11 +9,11 @@ from types import FrameType
 
 import uvicorn
 
-from .app import app, room
+from .app import app
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which waits for open streams when it stops; these would never end by themselves."""
+    """uvicorn, which waits for its connections when it stops; the streams are ended by the library."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -21,12 +21,11 @@ class Server(uvicorn.Server):
             print(f"The chat room is open at http://127.0.0.1:{each.getsockname()[1]} (Ctrl-C closes it)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        room.close()
         asyncio.get_running_loop().call_later(1, self._cut_off)
         await super().shutdown(sockets)
 
     def _cut_off(self) -> None:
-        # Whoever does not read would not see the end of their stream. This way it is a disconnect like any other.
+        # Whoever does not read would keep uvicorn waiting.
         for connection in self.server_state.connections:
             connection.transport.abort()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,12 +12,13 @@ from fastapi import APIRouter, FastAPI, HTTPException, Query, Response
 from fastapi.responses import FileResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, StringConstraints
 
-from fastapi_cancel import CancellableRoute, CancellableStreamingResponse
+from fastapi_cancel import CancellableRoute, JSONServerSentEvent, ServerSentEvent, SSEResponse
 
 from .room import Room
 
-KEEP_ALIVE = 15.0  # seconds: proxies cut connections on which nothing moves
+HEARTBEAT = 15.0  # seconds: proxies cut connections on which nothing moves
 SEND_TIMEOUT = 10.0  # seconds that one event may wait for a client that does not read
+RETRY = 1000  # milliseconds until a browser comes back
 
 room = Room()
 router = APIRouter(route_class=CancellableRoute)
@@ -59,20 +58,13 @@ class Message(BaseModel):
     text: Text
 
 
-async def stream(name: str) -> AsyncIterator[str]:
+async def stream(name: str) -> AsyncIterator[ServerSentEvent]:
     """What one person sees. Leaving ``async with`` is what the others see."""
     async with room.join(name) as seat:
         with suppress(anyio.EndOfStream):
             while True:
-                if (event := await seat.next(KEEP_ALIVE)) is None:
-                    yield ": keep-alive\n\n"
-                else:
-                    yield encode(event.kind, json.dumps(event.data, ensure_ascii=False))
-
-
-def encode(kind: str, data: str) -> str:
-    """One event, as https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream reads it."""
-    return f"event: {kind}\n" + "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", data)) + "\n"
+                event = await seat.next()
+                yield JSONServerSentEvent(event.data, event=event.kind)
 
 
 @router.get("/")
@@ -83,12 +75,7 @@ async def page() -> FileResponse:
 @router.get("/events")
 async def events(name: Annotated[Name, Query()]) -> Response:
     """Join under a name, and stay for as long as the stream is open."""
-    return CancellableStreamingResponse(
-        stream(name),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-        send_timeout=SEND_TIMEOUT,
-    )
+    return SSEResponse(stream(name), heartbeat=HEARTBEAT, send_timeout=SEND_TIMEOUT, retry=RETRY)
 
 
 @router.post("/messages", status_code=204)

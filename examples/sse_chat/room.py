@@ -39,14 +39,12 @@ class Seat:
             return False
         return True
 
-    async def next(self, patience: float) -> Event | None:
-        """The next event, or ``None`` if nothing happened for so many seconds.
+    async def next(self) -> Event:
+        """The next event.
 
         :raises anyio.EndOfStream: this person is no longer in the room, and has got all there was
         """
-        with anyio.move_on_after(patience):
-            return await self._out_of.receive()
-        return None
+        return await self._out_of.receive()
 
     def end(self) -> None:
         self._into.close()
@@ -68,7 +66,6 @@ class Room:
         self._seats: dict[str, Seat] = {}
         self._history: deque[dict[str, Any]] = deque(maxlen=history)
         self.queue = queue
-        self._closed = False
 
     @property
     def people(self) -> list[str]:
@@ -83,8 +80,6 @@ class Room:
         seat.tell(
             Event("welcome", {"you": seat.name, "key": seat.key, "people": self.people, "history": [*self._history]})
         )
-        if self._closed:
-            seat.end()
         try:
             yield seat
         finally:
@@ -98,13 +93,6 @@ class Room:
         said = self._tell_all("said", name=seat.name, text=text)
         self._history.append(said)
         return True
-
-    def close(self) -> None:
-        """End everybody's stream, and those of latecomers."""
-        self._closed = True
-        for seat in self._seats.values():
-            seat.end()
-        self._seats.clear()
 
     def _tell_all(self, kind: str, **data: str) -> dict[str, Any]:
         event = Event(kind, {**data, "at": datetime.now(UTC).isoformat(timespec="seconds")})

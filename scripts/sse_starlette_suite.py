@@ -1,0 +1,204 @@
+"""sse-starlette's own tests on ``SSEResponse``: nothing fails but what is listed here, each with its reason.
+
+Two runs at a time: as it is, and with events that are ready sent one by one, as sse-starlette sends them. The second
+is for the tests that block a ``send`` and look at what the generator does meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi_suite import BUILD, CONSTRAINTS, PLUGIN, ROOT, digest, pinned, unpack
+
+VENV = ROOT / ".venv-sse-starlette"
+REQUIREMENTS = ROOT / "scripts" / "sse_starlette_suite.txt"
+PLAUSIBLE_PASSED, PLAUSIBLE_SERVED = 80, 60  # fewer would mean that something did not run at all
+PATIENCE = 300  # seconds; a run takes 45
+# The other distributions of sse-starlette have this module; all it does is to name this function.
+COMPAT = "from sse_starlette._utils import collapse_excgroups as collapse_excgroups\n"
+# A demonstration under examples/, which the distribution lacks.
+NOT_THERE = "tests/test_broadcasting_example.py"
+
+# Why a test may fail -> parts of the ids of such tests.
+DIFFERENT = {
+    "the words of the error are ours; it is a ValueError there too": [
+        "test_shutdownGracePeriod_whenNegative_thenRaisesValueError",
+        "test_cleanupTimeout_whenNegative_thenRaisesValueError",
+    ],
+    "content that is no iterable is refused at once: the tests pass 0": ["TestEventSourceResponse::test_pingInterval_"],
+    "cleanup_timeout is the policy's by default; the test looks at the default in the signature": [
+        "test_cleanupTimeout_whenOmitted_thenDefaultsToFiniteDeadline"
+    ],
+    "there is no Connection header: HTTP/1.1 needs none, HTTP/2 forbids it": [
+        "test_headers_whenCustomHeadersProvided_thenMergesCorrectly"
+    ],
+    "a debug message for each event is looked at, which we do not write": [
+        "test_disconnect_whenClientDisconnects_thenHandlesGracefully"
+    ],
+    "an OSError of send is a client that left (ASGI 2.4): the end is silent": [
+        "test_send_whenInterruptedAndCleanupStuck_thenDeadlineCancelsCleanup[asyncio-send_error]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-False-send_error]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-True-send_error]",
+    ],
+    "a client that does not read ends the stream silently, with the cause `stalled`: there is no SendTimeoutError": [
+        "test_send_whenInterruptedAndCleanupStuck_thenDeadlineCancelsCleanup[asyncio-timeout]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-False-timeout]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-True-timeout]",
+        "test_send_whenTimeoutOccurs_thenRaisesSendTimeoutError",
+        "test_ping_whenSendTimesOut_thenTearsDownResponseAndRunsCleanup",
+        "test_head_whenSendStallsBeyondSendTimeout_thenRaisesSendTimeoutError",
+    ],
+    "at a shutdown the end of the response is sent, for which a client has a second; the test gives it less": [
+        "test_send_whenInterruptedAndCleanupStuck_thenDeadlineCancelsCleanup[asyncio-shutdown]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-False-shutdown]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-True-shutdown]",
+    ],
+    "an event that cannot be sent is raised in the generator and logged, and ends the response as it should": [
+        "test_stream_whenEncodingFails_thenClosesSuspendedGenerator",
+        "test_stream_whenEncodingFailsAndCleanupStuck_thenDeadlineCancelsCleanup",
+    ],
+    "a heartbeat is never sent while an event is: the test wants the two to collide": [
+        "test_ping_whenConcurrentWithEvents_thenRespectsLocking"
+    ],
+}
+# Why a test may fail when events that are ready go out together.
+AHEAD = {
+    "the generator is asked for the next event before the first is sent": [
+        "test_send_whenInterruptedAndCleanupStuck_thenDeadlineCancelsCleanup[asyncio-disconnect]",
+        "test_send_whenCleanupSwallowsDeadlineCancellation_thenStillWarns",
+        "test_send_whenCleanupFinishesInTime_thenCompletesWithoutWarning",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-False-disconnect]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-False-cancel]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-True-disconnect]",
+        "test_send_whenInterrupted_thenClosesSuspendedGenerator[asyncio-True-cancel]",
+    ]
+}
+
+
+@dataclass
+class Run:
+    """One run of the suite."""
+
+    name: str
+    allowed: dict[str, list[str]]
+    exit_code: int
+    seconds: float
+    passed: int = 0
+    served: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def read(self, report: Path) -> None:
+        suite = ET.parse(report).getroot()
+        for case in suite.iter("testcase"):
+            problem = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
+            if problem is None:
+                self.passed += 1
+            else:
+                test = f"{case.get('classname')}::{case.get('name')}"
+                self.failed[test] = (problem.get("message") or "").partition("\n")[0]
+        self.served = sum(int(each.get("value") or 0) for each in suite.iter("property"))
+
+    def problems(self) -> list[str]:
+        found = [f"pytest ended with exit code {self.exit_code}"] if self.exit_code not in (0, 1) else []
+        if self.passed < PLAUSIBLE_PASSED:
+            found.append(f"only {self.passed} tests passed")
+        if self.served < PLAUSIBLE_SERVED:
+            found.append(f"only {self.served} responses were served")
+        listed = [part for parts in self.allowed.values() for part in parts]
+        found += [
+            f"FAILED {test}: {reason}"
+            for test, reason in sorted(self.failed.items())
+            if not any(part in test for part in listed)
+        ]
+        found += [f"listed, but does not fail: {part}" for part in listed if not any(part in id for id in self.failed)]
+        return [f"{self.name}: {each}" for each in found]
+
+    def line(self) -> str:
+        counts = f"{self.passed} passed, {len(self.failed)} differ, {self.served} responses"
+        return f"{self.name:14}{counts}, {self.seconds:.0f} s"
+
+
+def main() -> int:
+    BUILD.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        installing = pool.submit(install)
+        archive = download(pinned("sse-starlette"))
+        installing.result()
+        bursts = pool.submit(run, archive, "yes", DIFFERENT | AHEAD)
+        single = pool.submit(run, archive, "no", DIFFERENT)
+        runs = [bursts.result(), single.result()]
+    for each in runs:
+        print(each.line())
+    problems = [problem for each in runs for problem in each.problems()]
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "no unexpected failure")
+    return 1 if problems else 0
+
+
+def install() -> None:
+    """A virtualenv of its own: pytest-asyncio would take our own asynchronous tests."""
+    stamp = VENV / ".installed"
+    wanted = digest(REQUIREMENTS, CONSTRAINTS, ROOT / "pyproject.toml")
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    venv.create(VENV, with_pip=True, clear=True)
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["-e", f"{ROOT}[sse]", "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS)]
+    subprocess.run(command, check=True)
+    stamp.write_text(wanted)
+
+
+def download(version: str) -> Path:
+    """The source distribution: the wheel has no tests."""
+    archive = BUILD / f"sse_starlette-{version}.tar.gz"
+    if not archive.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--no-binary", "sse-starlette", "--dest", str(BUILD), f"sse-starlette=={version}"]
+        subprocess.run(command, check=True)
+    return archive
+
+
+def run(archive: Path, bursts: str, allowed: dict[str, list[str]]) -> Run:
+    report = BUILD / f"sse-starlette-bursts-{bursts}.xml"
+    report.unlink(missing_ok=True)
+    suite = unpack(archive, report.with_suffix(""))
+    shutil.rmtree(suite / "sse_starlette")  # it would hide the one that is installed
+    (suite / "tests" / "__init__.py").touch()  # or the name `tests` would be our own
+    (suite / "tests" / "anyio_compat.py").write_text(COMPAT)
+    command = [
+        str(VENV / "bin" / "python"),
+        "-m",
+        "pytest",
+        "-p",
+        "sse_response",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
+    command += ["-q", f"--timeout={PATIENCE}", f"--ignore={NOT_THERE}", f"--junit-xml={report}"]
+    command += [f"--bursts={bursts}", "tests"]
+    started = time.monotonic()
+    with report.with_suffix(".log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(PLUGIN)}
+        process = subprocess.run(command, cwd=suite, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    name = "in bursts" if bursts == "yes" else "one by one"
+    result = Run(name, allowed, process.returncode, time.monotonic() - started)
+    if report.exists():
+        result.read(report)
+    else:
+        print(report.with_suffix(".log").read_text()[-4000:])
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

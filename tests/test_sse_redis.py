@@ -1,0 +1,79 @@
+"""A stream holds a Redis connection; its client drops; the connection is back in its pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import redis
+
+from .live import DEADLINE, Client, LiveServer, live
+from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+
+DROPS = 200
+
+
+@pytest.fixture(scope="module")
+def serving(redis_server: RedisServer) -> Iterator[LiveServer]:
+    with live("uvicorn-httptools", "tests.sse_app:app", redis_url=redis_server.url) as server:
+        yield server
+
+
+@pytest.fixture
+def outside(redis_server: RedisServer, serving: LiveServer) -> Iterator[redis.Redis]:
+    """Looks at Redis from outside the application."""
+    serving.fresh()
+    with redis_server.client() as client:
+        yield client
+
+
+def subscribed(client: Client, outside: redis.Redis) -> None:
+    client.until(b"first")
+
+
+def in_the_middle_of_news(client: Client, outside: redis.Redis) -> None:
+    client.until(b"first")
+    for number in range(20):
+        outside.publish("news", f"news {number}")
+    client.until(b"news 3")
+
+
+def subscribing(client: Client, outside: redis.Redis) -> None:
+    client.until(b"\r\n\r\n")
+
+
+def at_once(client: Client, outside: redis.Redis) -> None:
+    pass
+
+
+MOMENTS = [subscribed, in_the_middle_of_news, subscribing, at_once]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", ["sse", "stream", "native"])
+def test_a_connection_is_back_in_its_pool_after_each_drop(
+    serving: LiveServer, outside: redis.Redis, kind: str, moment: Callable[[Client, redis.Redis], None]
+) -> None:
+    """C7, agno-agi/agno#7318: unsubscribed, closed and given back, as often as somebody drops."""
+    for when in [subscribed, *[moment] * DROPS, subscribed]:
+        client = serving.open(f"/redis/{kind}")
+        when(client, outside)
+        client.abort()
+        serving.wait("/stats", running=0)
+        serving.wait("/plain/redis/pool", in_use=0, available=1)
+        wait_until_nobody_listens(outside)
+    serving.wait("/stats", tasks=[])
+    assert serving.complaints() == []
+
+
+def wait_until_nobody_listens(outside: redis.Redis) -> None:
+    """Redis itself hears of it when it next looks at its sockets."""
+    end = time.monotonic() + DEADLINE
+    while outside.pubsub_numsub("news") != [(b"news", 0)] or of_the_application(outside):
+        assert time.monotonic() < end, of_the_application(outside)
+
+
+def of_the_application(outside: redis.Redis) -> list[str]:
+    """The connections that the application still has, by the state that they are in."""
+    return [f"{each['sub']} {each['cmd']}" for each in outside.client_list() if each["name"] == "app"]
