@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import statistics
 import struct
@@ -19,7 +20,7 @@ from .asgi import answer, cpu_of
 from .drops import CLIENTS, PATIENCE, drop, row
 from .feeds import ENCODED, build
 from .harness import BASE, Row, Section, at_least, at_most, interleave, ratio, shown, typical
-from .server import SERVER, Server, many_sockets
+from .server import CORES, SERVER, Server, many_sockets
 from .streams import IDLE, SERVED_CHUNKS, cpu_a_chunk, idle_stream
 
 EVENTS = 2_000
@@ -281,7 +282,7 @@ def _idle(who: str) -> str:
 
 @contextmanager
 def _servers(layers: int) -> Iterator[dict[str, Server]]:
-    """One for each of ``CASES``, through which one stream has gone."""
+    """One for each of ``CASES``, through which one stream has gone. We keep to another core meanwhile."""
     with ExitStack() as stack:
         servers = {
             who: stack.enter_context(Server(case[0], layers, "benchmarks.feeds:served")) for who, case in CASES.items()
@@ -291,4 +292,8 @@ def _servers(layers: int) -> Iterator[dict[str, Server]]:
             with Client(server.port) as client:
                 client.request(Feed("", "burst", "event", {}).path(who, 1), headers="Connection: close\r\n")
                 assert client.response()[0] == 200
-        yield servers
+        os.sched_setaffinity(0, CORES[-1:])
+        try:
+            yield servers
+        finally:
+            os.sched_setaffinity(0, CORES)

@@ -60,7 +60,7 @@ class ScopedLadder(NativeLadder):
             if anyio.current_effective_deadline() == -math.inf:  # it is a scope of the work's own
                 self._inner.shield = False
             else:
-                self._inner.deadline = anyio.current_time() + self.policy.cleanup_timeout
+                self._interrupted(self.policy.cleanup_timeout)
 
 
 class GroupLadder(Ladder):

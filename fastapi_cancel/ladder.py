@@ -259,7 +259,7 @@ class Ladder(ABC):
             self.name(),
             "still shielded or in a worker thread" if due else "cleanup not finished",
             f"{self.policy.cleanup_timeout:g} s",
-            self.cause,
+            self.cause or "cancelled from outside",
             "" if due else ", forcing it",
         )
         if due:  # its cleanup has still to get its time; whose cancellation is in the way no longer matters

@@ -18,6 +18,9 @@ APPS = ["route", "plain", "bare"]  # SSEResponse needs no route class, and no Fa
 WITH_BACK_PRESSURE = [server for server in SERVERS if server != "daphne"]  # it buffers without a bound
 # Hypercorn shields its own send on Trio: it lasts until the client reads or leaves.
 INTERRUPTIBLE = [server for server in WITH_BACK_PRESSURE if server != "hypercorn-trio"]
+# What a server may say where nobody can help it.
+CUT_OFF = "without completing"  # a client that does not read cannot be sent the end of the response
+WRITTEN_TOO_LATE = "socket.send() raised exception"  # what was on its way through the layers (Hypercorn)
 MARKS = ["cleanup", "generator", "on_disconnect"]
 
 
@@ -46,7 +49,7 @@ def open_idle(live: LiveServer, path: str, count: int = 5) -> list[Client]:
     return clients
 
 
-def ended(live: LiveServer, count: int, marks: list[str] = MARKS) -> dict[str, Any]:
+def ended(live: LiveServer, count: int, marks: list[str] = MARKS, may_say: str | None = None) -> dict[str, Any]:
     """Wait until all is over: each of ``marks`` was left by each stream, once, and nothing else was."""
     expected = sorted(f"{number} {name}" for number in range(1, count + 1) for name in marks)
     end = time.monotonic() + DEADLINE
@@ -54,7 +57,7 @@ def ended(live: LiveServer, count: int, marks: list[str] = MARKS) -> dict[str, A
         time.sleep(0.005)
     state = live.wait("/stats", running=0, tasks=[])
     assert sorted(state["seen"]) == expected
-    assert live.complaints() == []
+    assert [line for line in live.complaints() if may_say is None or may_say not in line] == []
     return state
 
 
@@ -90,7 +93,7 @@ def test_clients_drop_in_the_middle_of_a_burst(serving: Start, server: str, midd
     live = serving(server, middleware)
     for client in open_idle(live, "/route/burst"):
         client.abort()
-    ended(live, 5)
+    ended(live, 5, may_say=WRITTEN_TOO_LATE if middleware else None)
 
 
 def wait_until_stuck(live: LiveServer) -> None:
@@ -110,25 +113,26 @@ def test_a_client_drops_while_its_socket_is_full(serving: Start, server: str, mi
     live.wait("/stats", started=1)
     wait_until_stuck(live)
     client.abort()
-    assert ended(live, 1)["info"]["cause"] == "disconnect"
+    state = ended(live, 1, may_say=WRITTEN_TOO_LATE if middleware else None)
+    assert state["info"]["cause"] == "disconnect"
 
 
 @pytest.mark.parametrize("content", ["flood", "big_then_small", "small_then_big"])
-@pytest.mark.parametrize("server", WITH_BACK_PRESSURE)
+@pytest.mark.parametrize("server", INTERRUPTIBLE)
 def test_a_client_that_does_not_read_is_given_up(serving: Start, server: str, content: str) -> None:
     """C18, HenryLach/taskplane#664: the stream ends as stalled though its client stays."""
     live = serving(server)
     with live.open(f"/route/{content}?send_timeout=0.3"):
-        assert ended(live, 1)["info"]["cause"] == "stalled"
+        assert ended(live, 1, may_say=CUT_OFF)["info"]["cause"] == "stalled"
 
 
 @pytest.mark.parametrize("path", ["/route/idle?ping_size=1000000&", "/route/boulder?"])
-@pytest.mark.parametrize("server", WITH_BACK_PRESSURE)
+@pytest.mark.parametrize("server", INTERRUPTIBLE)
 def test_a_heartbeat_that_cannot_be_written_ends_the_stream(serving: Start, server: str, path: str) -> None:
     """C18, C20: nothing but heartbeats is there to notice that the client does not read."""
     live = serving(server)
     with live.open(f"{path}heartbeat=0.05&send_timeout=0.3"):
-        state = ended(live, 1)
+        state = ended(live, 1, may_say=CUT_OFF)
     assert state["info"]["cause"] == "stalled"
     assert state["info"]["events"] <= 1
 

@@ -21,7 +21,7 @@ class Server(uvicorn.Server):
             print(f"The chat room is open at http://127.0.0.1:{each.getsockname()[1]} (Ctrl-C closes it)", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(1, self._cut_off)
+        asyncio.get_running_loop().call_later(0.5, self._cut_off)
         await super().shutdown(sockets)
 
     def _cut_off(self) -> None:
