@@ -41,6 +41,7 @@ def test_python_in_the_documentation_runs(page: Path, tmp_path: Path) -> None:
         "Summary": dict[str, str],
         **dict.fromkeys(("model", "rows", "database", "pool", "connection"), Anything()),
         "release": release,
+        "feed": lambda **_: iter([]),
     }
     given["pool"].release = release
     given["rows"] = lambda *args: iter([])
