@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Generator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator
 from types import coroutine
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 
 class _Steps(Protocol):
@@ -27,25 +27,28 @@ class Ahead:
     ended = False
 
     def __init__(self, iterable: AsyncIterable[Any]) -> None:
-        self._iterator = iterable.__aiter__()
-        self._fault: Exception | None = None
+        self._iterator = iterator = iterable.__aiter__()
+        self._next: Callable[[], _Steps] = (
+            iterator.__anext__ if isinstance(iterator, AsyncGenerator) else lambda: _await(iterator.__anext__())
+        )
         self._steps: _Steps
         self._waiting_for: Any = None
 
     def fail(self, fault: Exception) -> None:
         """Raise ``fault`` where the last item came from: at a generator's ``yield``."""
-        if not isinstance(self._iterator, AsyncGenerator):
+        iterator, proceed = self._iterator, self._next
+        if not isinstance(iterator, AsyncGenerator):
             raise fault
-        self._fault = fault
+
+        def throw() -> _Steps:
+            self._next = proceed
+            return iterator.athrow(fault)
+
+        self._next = throw
 
     def poll(self) -> bool:
         """Begin to pull. Whether that was all: there is an ``item``, or it has ``ended``."""
-        awaitable: Awaitable[Any]
-        if self._fault is None:
-            awaitable = self._iterator.__anext__()
-        else:
-            awaitable, self._fault = cast("AsyncGenerator[Any]", self._iterator).athrow(self._fault), None
-        self._steps = steps = cast("_Steps", awaitable) if hasattr(awaitable, "send") else _await(awaitable)
+        self._steps = steps = self._next()
         try:
             self._waiting_for = steps.send(None)
         except StopIteration as stop:

@@ -254,11 +254,15 @@ database = redis.asyncio.from_url(os.environ.get("REDIS_URL", "redis://"), clien
 
 
 async def subscribed() -> AsyncIterator[str]:
-    """Holds a connection of the pool while it is open."""
+    """Holds a connection of the pool while it is open, and has to wait for Redis once more at its end."""
     async with database.pubsub() as pubsub:
-        await pubsub.subscribe("news")
-        async for message in pubsub.listen():
-            yield "first" if message["type"] == "subscribe" else message["data"].decode()
+        state["started"] += 1
+        try:
+            await pubsub.subscribe("news")
+            async for message in pubsub.listen():
+                yield "first" if message["type"] == "subscribe" else message["data"].decode()
+        finally:
+            await database.incr("ended")
 
 
 redis_router = APIRouter(route_class=CancellableRoute)
