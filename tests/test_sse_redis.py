@@ -56,7 +56,7 @@ MOMENTS = [subscribed, in_the_middle_of_news, subscribing, at_once]
 def test_a_connection_is_back_in_its_pool_after_each_drop(
     serving: LiveServer, outside: redis.Redis, kind: str, moment: Callable[[Client, redis.Redis], None]
 ) -> None:
-    """C7, agno-agi/agno#7318: the generator's last command is through, its connection given back, as often as somebody drops."""
+    """C7, agno-agi/agno#7318: the last command is through and the connection given back, each time."""
     for when in [subscribed, *[moment] * DROPS, subscribed]:
         client = serving.open(f"/redis/{kind}")
         when(client, outside)
@@ -66,14 +66,13 @@ def test_a_connection_is_back_in_its_pool_after_each_drop(
         wait_until_nobody_listens(outside)
     state = serving.wait("/stats", tasks=[])
     assert outside.get("ended") == str(state["started"]).encode()
-    assert of_the_application(outside) == ["incr"]
     assert serving.complaints() == []
 
 
 def wait_until_nobody_listens(outside: redis.Redis) -> None:
-    """Redis itself hears of it when it next looks at its sockets."""
+    """Redis itself hears of it when it next looks at its sockets. The two of the pool may stay, for commands."""
     end = time.monotonic() + DEADLINE
-    while outside.pubsub_numsub("news") != [(b"news", 0)] or len(of_the_application(outside)) > 1:
+    while outside.pubsub_numsub("news") != [(b"news", 0)] or len(of_the_application(outside)) > 2:
         assert time.monotonic() < end, of_the_application(outside)
 
 
