@@ -41,27 +41,24 @@ class Beside:
         with anyio.CancelScope(shield=True):
             await self._ended.wait()
 
-    async def wait(self) -> None:
-        """Wait until it has ended."""
-        await self._ended.wait()
-
     def _signal(self) -> None:
         self._unwanted = True
         if self.ladder is not None:
             self.ladder.signal(self._parent.cause or "stop")
 
     async def _run(self) -> None:
-        # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
-        self.ladder = ladder = ladder_for(self._parent.policy.replace(causes=CAUSES, timeout=None), self._scope)
-        self._parent.listen(self._signal)
         try:
-            if not self._unwanted:
-                await ladder.run(self._work())
+            # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
+            ladder = ladder_for(self._parent.policy.replace(causes=CAUSES, timeout=None), self._scope)
+            await ladder.run(self._work(ladder))
         except Exception as exc:
             self.error = exc
         finally:
             self._ended.set()
             self._done(self)
 
-    async def _work(self) -> None:
-        await self._function()
+    async def _work(self, ladder: Ladder) -> None:
+        self.ladder = ladder  # not before it runs: on Trio it could not yet do what a signal asks of it
+        self._parent.listen(self._signal)
+        if not self._unwanted:
+            await self._function()

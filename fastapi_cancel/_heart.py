@@ -7,32 +7,38 @@ again when that is old enough, so that sending costs nothing here.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from math import ceil
 from time import monotonic
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from .ladder import Ladder, Timer
+
+logger = logging.getLogger("fastapi_cancel")
 
 TICK = 0.05  # seconds: heartbeats that are due so close to each other share one wake-up
 AT_ONCE = 100  # heartbeats in one turn of the event loop
 
+Look = Callable[[float], float]
+"""Given the time, beats if that is due, and says when to look again."""
+
 
 class Pulse:
-    """One stream's place among the heartbeats.
+    """One stream's place among the heartbeats."""
 
-    :param look: given the time, beats if that is due, and says when to look again
-    """
+    __slots__ = ("_heart", "look")
 
-    __slots__ = ("look",)
-
-    def __init__(self, look: Callable[[float], float]) -> None:
-        self.look: Callable[[float], float] | None = look
+    def __init__(self, heart: Heart, look: Look) -> None:
+        self._heart = heart
+        self.look: Look | None = look
 
     def stop(self) -> None:
-        self.look = None
+        if self.look is not None:
+            self.look = None
+            self._heart.forget_one()
 
 
 class Heart:
@@ -47,12 +53,27 @@ class Heart:
         self._numbers = count()
         self._timer: Timer | None = None
         self._wakes_at = 0.0
+        self._stopped = 0
 
-    def add(self, pulse: Pulse, when: float) -> None:
-        """Look at ``pulse`` then, on the clock of ``time.monotonic``."""
-        heappush(self._due, (ceil(when / TICK) * TICK, next(self._numbers), pulse))
+    def add(self, look: Look, when: float) -> Pulse:
+        """Have ``look`` called then, on the clock of ``time.monotonic``, and whenever it says."""
+        pulse = Pulse(self, look)
+        self._push(pulse, when)
         if self._timer is None or when < self._wakes_at - TICK:
             self._sleep()
+        return pulse
+
+    def forget_one(self) -> None:
+        """A pulse has stopped. They are removed when they are due, or have become too many, or all there are."""
+        self._stopped += 1
+        if self._stopped >= len(self._due) or self._stopped > AT_ONCE + len(self._due) // 2:
+            self._due = [entry for entry in self._due if entry[2].look is not None]
+            heapify(self._due)
+            self._stopped = 0
+            self._sleep()
+
+    def _push(self, pulse: Pulse, when: float) -> None:
+        heappush(self._due, (ceil(when / TICK) * TICK, next(self._numbers), pulse))
 
     def _sleep(self) -> None:
         if self._timer is not None:
@@ -60,6 +81,7 @@ class Heart:
             self._timer = None
         while self._due and self._due[0][2].look is None:
             heappop(self._due)
+            self._stopped -= 1
         if self._due:
             self._wakes_at = self._due[0][0]
             self._timer = self._call_later(max(0.0, self._wakes_at - monotonic()), self._beat)
@@ -70,8 +92,13 @@ class Heart:
             if not self._due or self._due[0][0] > now:
                 break
             pulse = heappop(self._due)[2]
-            if pulse.look is not None:
-                heappush(self._due, (ceil(pulse.look(now) / TICK) * TICK, next(self._numbers), pulse))
+            if pulse.look is None:
+                self._stopped -= 1
+                continue
+            try:
+                self._push(pulse, pulse.look(now))
+            except Exception:  # of one, which is not to stop the others
+                logger.exception("%r failed", pulse.look)
         self._timer = None
         self._sleep()
 
@@ -86,5 +113,12 @@ def heart_for(ladder: Ladder) -> Heart:
     except RuntimeError:
         return Heart(ladder.call_later)
     if (heart := _hearts.get(loop)) is None:
-        heart = _hearts[loop] = Heart(loop.call_later)
+        of = ref(loop)  # or the heart would keep its loop for ever
+
+        def call_later(seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
+            loop = of()
+            assert loop is not None
+            return loop.call_later(seconds, function)
+
+        heart = _hearts[loop] = Heart(call_later)
     return heart

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 Address: TypeAlias = int | str
 """A port, or the path of a Unix socket."""
+OLDEST = 20  # tasks: those of a server are among the first
 Still: TypeAlias = Callable[[], bool]
 
 
@@ -31,14 +32,29 @@ def listening() -> dict[Address, Still]:
 
 
 def _tasks() -> Iterable[Any]:
-    """The outermost coroutine of each task of the running event loop."""
+    """The outermost coroutines of the oldest tasks of the running event loop.
+
+    Not of all: to look into a coroutine leaves some kilobytes with it, for the frame that Python makes of it.
+    """
     try:
-        return [task.get_coro() for task in asyncio.all_tasks()]
+        return [task.get_coro() for task in sorted(asyncio.all_tasks(), key=_age)[:OLDEST]]
     except RuntimeError:
-        tasks = [sys.modules["trio"].lowlevel.current_root_task()]
-        for task in tasks:  # it grows
-            tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
-        return [task.coro for task in tasks]
+        return _tasks_of_trio()
+
+
+def _tasks_of_trio() -> Iterable[Any]:
+    tasks: list[Any] = [sys.modules["trio"].lowlevel.current_root_task()]
+    for task in tasks:  # it grows
+        tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        if len(tasks) > OLDEST:
+            break
+    return [task.coro for task in tasks[:OLDEST]]
+
+
+def _age(task: asyncio.Task[Any]) -> int:
+    """asyncio numbers its tasks; one that somebody gave a name is none of a server's first."""
+    number = task.get_name().removeprefix("Task-")
+    return int(number) if number.isdecimal() else sys.maxsize
 
 
 def _locals(coroutine: Any) -> Iterator[object]:

@@ -51,7 +51,7 @@ from .ladder import Ladder, Timer
 # and write on to a connection that is lost: asyncio logs that from the fifth write on. So, without a wait
 # in between, there are at the most:
 MAX_SECONDS = 0.05
-MAX_WRITES = 4
+MAX_WRITES = 3
 
 
 class Channel:
@@ -61,11 +61,12 @@ class Channel:
     :param send: likewise
     :param ladder: is told that the client has left, and that the response is complete
     :ivar closing: the last message was handed on, though it may not have got through
+    :ivar interrupted: completed or not, the response did not come to its own end
     :ivar response: what goes out, once the route's handler has returned it
     """
 
     # Defaults live in the class: most requests never change most of them.
-    started = closing = completed = gone = False
+    started = closing = completed = interrupted = gone = False
     response: Response | None = None
     _ahead: Message | None = None
     _error: Exception | None = None
@@ -194,6 +195,8 @@ class Channel:
                     self._writes += 1
                 else:
                     await self.ladder.turn()
+                    if not self.gone:  # Hypercorn hears of it a turn later
+                        await self.ladder.turn()
             else:
                 last = not self._trailers
         elif kind == "http.response.start":

@@ -33,7 +33,7 @@ Each of these ends by a step of the work, so trying again after each step is eno
 
 Races, and why each is harmless:
 
-- *a second cause*: ``signal`` takes the first and ignores the rest.
+- *a second cause*: ``signal`` takes the first. The rest can only end its grace.
 - *the client leaves while the work unwinds from our own OSError*: whoever raises calls
   ``settle`` first, so DUE never survives a raise.
 - *the last byte goes out while a cause arrives*: ``complete`` wins over DUE. The client has its answer.
@@ -57,7 +57,7 @@ from typing import Any, Protocol
 
 from starlette.types import Scope
 
-from .policy import CancelPolicy, Cause
+from .policy import HERE, CancelPolicy, Cause
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -108,17 +108,25 @@ class Ladder(ABC):
 
     # -- causes ------------------------------------------------------------------------------
 
-    def signal(self, cause: Cause) -> bool:
+    def signal(self, cause: Cause, *, at_once: bool = False) -> bool:
         """Set the token. Only the first cause counts, and none once the response is complete.
 
+        But a client that leaves during the grace of another cause ends it: the grace was for its sake.
+
+        :param at_once: without grace, and whatever the policy listens to
         :return: whether this was the one
         """
-        if self.cause is not None or self.state == DONE or cause not in self.policy.causes:
+        if self.state == DONE or not (at_once or cause in self.policy.causes):
+            return False
+        if self.cause is not None:
+            if self.state == RUN and (at_once or (self.cause in HERE and cause not in HERE)):
+                self._stop("grace")
+                self._cancel()
             return False
         self.cause = cause
         for tell in self._listeners:
             tell()
-        if self.policy.grace:
+        if self.policy.grace and not at_once:
             self._start("grace", self.policy.grace, self._cancel)
         else:
             self._cancel()

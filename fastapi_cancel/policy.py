@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 Cause = Literal["disconnect", "stop", "timeout", "stalled", "shutdown"]
 CAUSES: frozenset[Cause] = frozenset(get_args(Cause))
+HERE: frozenset[Cause] = frozenset({"stop", "timeout", "shutdown"})
+"""The causes after which the client may still be there."""
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 

@@ -73,7 +73,7 @@ async def protect(
         else:
             scope["asgi"] = asgi
     cause: Cause | None = ladder.cause or ("disconnect" if channel.gone else None)
-    if cause is not None and not channel.completed:
+    if cause is not None and (channel.interrupted or not channel.completed):
         await _conclude(channel, cause, receive, send)
 
 

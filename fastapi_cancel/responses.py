@@ -150,11 +150,12 @@ class CancellableStreamingResponse(Cancellable, StreamingResponse):
 
     async def aclose(self) -> None:
         try:
-            await self._close_content()
+            await self.close_content()
         finally:
             await super().aclose()
 
-    async def _close_content(self) -> None:
+    async def close_content(self) -> None:
+        """Close what produces the body. Harmless to call again."""
         sources = self._sources.copy()
         self._sources.clear()
         if sources and self.body_iterator is not sources[0]:  # somebody wrapped it

@@ -78,29 +78,23 @@ class _Streams(dict[Stream, Address | None]):
         self._heart: Heart | None = None
         self._pulse: Pulse
         self._still: dict[Address, Still] = {}
-        self._unknown: set[Address] = set()
         self._closed: set[Address] = set()
         self._should_exit = status.should_exit
 
     def look_at(self, address: Address | None, heart: Heart) -> None:
         """See to it that the end of listening at ``address`` is noticed."""
         if address is not None and address not in self._still:
-            self._unknown.add(address)
+            # If not found: closed already, or a server with sockets of its own (Granian).
+            self._still[address] = listening().get(address, partial(bool, address not in self._closed))
         if self._heart is not heart:  # on Trio each request has its own
             self._heart = heart
-            self._pulse = Pulse(self._look)
-            heart.add(self._pulse, 0)
+            self._pulse = heart.add(self._look, 0)
 
     def stop(self) -> None:
         if self._heart is not None:
             self._pulse.stop()
 
     def _look(self, now: float) -> float:
-        if self._unknown:
-            found = listening()
-            for address in self._unknown:  # if not found: closed already, or a server with sockets of its own (Granian)
-                self._still[address] = found.get(address, partial(bool, address not in self._closed))
-            self._unknown.clear()
         for address in [address for address, still in self._still.items() if not still()]:
             del self._still[address]
             self._closed.add(address)

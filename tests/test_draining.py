@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from fastapi_cancel import CancellableStreamingResponse, SSEResponse, shutdown
-from fastapi_cancel._heart import AT_ONCE, Heart, Pulse
+from fastapi_cancel._heart import AT_ONCE, Heart
 from fastapi_cancel._listeners import address_of, listening
 
 from .asgi import Connection
@@ -182,9 +182,12 @@ async def test_many_heartbeats_at_one_time_leave_the_loop_its_turns() -> None:
     loop = asyncio.get_running_loop()
     heart = Heart(loop.call_later)
     beats: list[float] = []
-    pulses = [Pulse(lambda now: beats.append(now) or now + 100) for _ in range(3 * AT_ONCE)]  # type: ignore[func-returns-value]
-    for pulse in pulses:
-        heart.add(pulse, 0)
+
+    def beat(now: float) -> float:
+        beats.append(now)
+        return now + 100
+
+    pulses = [heart.add(beat, 0) for _ in range(3 * AT_ONCE)]
     most = 0
     before = 0
     while len(beats) < len(pulses):

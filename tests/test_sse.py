@@ -28,7 +28,7 @@ from fastapi_cancel import (
     never_cancel,
     shutdown,
 )
-from fastapi_cancel.sse import MAX_BYTES
+from fastapi_cancel._event_stream import MAX_BYTES
 
 from .asgi import Connection
 
@@ -792,7 +792,7 @@ async def test_a_farewell_that_cannot_be_made_is_logged(caplog: pytest.LogCaptur
 
 
 async def test_a_client_that_does_not_read_does_not_hold_up_the_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastapi_cancel.sse.PARTING", 0.05)
+    monkeypatch.setattr("fastapi_cancel._event_stream.PARTING", 0.05)
     feed = Feed("1")
     wire = Wire()
     with anyio.fail_after(5):

@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-import fastapi_cancel.sse
+import fastapi_cancel._event_stream
 from fastapi_cancel import SSEResponse
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("bursts") == "no":
-        fastapi_cancel.sse.QUICK = -1.0
+        fastapi_cancel._event_stream.QUICK = -1.0
     count_and_translate()
     logging.getLogger("fastapi_cancel").addFilter(rename)
 
