@@ -10,7 +10,6 @@ from typing import Any, Protocol
 class _Steps(Protocol):
     def send(self, value: Any, /) -> Any: ...
     def throw(self, exc: BaseException, /) -> Any: ...
-    def close(self) -> Any: ...
 
 
 class Ahead:
@@ -67,9 +66,6 @@ class Ahead:
             while True:
                 try:
                     value = yield self._waiting_for
-                except GeneratorExit:
-                    steps.close()
-                    raise
                 except BaseException as exc:
                     self._waiting_for = steps.throw(exc)
                 else:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import aclosing
+from time import monotonic
 from typing import Any
 
 import anyio
 import pytest
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, WebSocket
 from fastapi import Response as FastAPIResponse
 from sse_starlette.sse import AppStatus, EventSourceResponse
@@ -28,7 +33,9 @@ from fastapi_cancel import (
     never_cancel,
     shutdown,
 )
+from fastapi_cancel._ahead import Ahead
 from fastapi_cancel._event_stream import MAX_BYTES
+from fastapi_cancel._heart import AT_ONCE, Heart, _hearts
 
 from .asgi import Connection
 
@@ -521,6 +528,104 @@ async def test_an_error_of_send_aside_comes_out() -> None:
     assert b"never" not in wire.body
 
 
+class Slow(Wire):
+    """On which it shows when two send at once. ``unblocked`` holds up everything but the start."""
+
+    sending = 0
+
+    async def send(self, message: Message) -> None:
+        self.sending += 1
+        assert self.sending == 1, "two at once"
+        try:
+            await super().send(message)
+        finally:
+            self.sending -= 1
+
+
+async def test_one_at_a_time_sends() -> None:
+    """Content that goes on and waits again while a helper sends; what it yielded is not left behind."""
+    wire = Slow()
+    seen = anyio.Event()
+
+    async def content() -> Events:
+        yield "1"
+        yield "2"
+        wire.unblocked = anyio.Event()
+        await anyio.sleep(0.02)  # "2" goes out aside, and blocks
+        yield None
+        yield "3"
+        seen.set()
+        await anyio.sleep_forever()
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(content()))
+            await seen.wait()
+            await anyio.sleep(0.01)
+            wire.unblocked.set()
+            await wire.until(b"data: 2", b"data: 3")
+            wire.leave()
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\ndata: 3\r\n\r\n"
+
+
+@pytest.mark.parametrize("policy", [CancelPolicy(causes={"disconnect"}), CancelPolicy(grace=20)])
+async def test_an_error_aside_ends_the_stream_whatever_the_policy(policy: CancelPolicy) -> None:
+    def factory() -> Any:
+        raise ZeroDivisionError
+
+    feed = Feed("1")
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await Wire().run(SSEResponse(feed.events(), heartbeat=0.05, ping_message_factory=factory, policy=policy))
+    assert feed.closed.is_set()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_heart_beats_on_when_one_stream_fails(caplog: pytest.LogCaptureFixture) -> None:
+    heart = Heart(asyncio.get_running_loop().call_later)
+    beat = anyio.Event()
+
+    def fail(now: float) -> float:
+        raise ZeroDivisionError
+
+    def well(now: float) -> float:
+        beat.set()
+        return now + 100
+
+    pulses = [heart.add(fail, 0), heart.add(well, 0)]
+    with anyio.fail_after(5):
+        await beat.wait()
+    assert "ZeroDivisionError" in caplog.text
+    for pulse in pulses:
+        pulse.stop()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_nothing_is_kept_of_streams_that_ended() -> None:
+    """However long their interval. Nor is a loop that ended."""
+    heart = Heart(asyncio.get_running_loop().call_later)
+    stays = heart.add(lambda now: now + 100, monotonic() + 100)
+    for _ in range(10 * AT_ONCE):
+        heart.add(lambda now: now + 100, monotonic() + 3600).stop()
+    assert len(heart._due) < 3 * AT_ONCE
+    stays.stop()
+    assert heart._due == []
+    assert heart._timer is None
+
+    async def stream() -> None:
+        feed = Feed("1")
+        wire = Wire()
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(feed.events()))
+            await wire.until(b"data: 1")
+            await feed.waiting.wait()
+            feed.put(StopAsyncIteration)
+
+    before = len(_hearts)
+    await run_sync(asyncio.run, stream())
+    gc.collect()
+    assert len(_hearts) == before
+
+
 # -- ends ----------------------------------------------------------------------------------------
 
 
@@ -704,6 +809,84 @@ async def test_cleanup_timeout(limit: float | None, seconds: float) -> None:
     response = SSEResponse(words(), cleanup_timeout=limit)
     assert response._policy_over(CancelPolicy(cleanup_timeout=7)).cleanup_timeout == seconds
     assert SSEResponse(words())._policy_over(CancelPolicy(cleanup_timeout=7)).cleanup_timeout == 7
+
+
+@pytest.mark.parametrize("cause", ["disconnect", "timeout", "shutdown"])
+async def test_background_tasks_run_after_every_end(cause: str) -> None:
+    """C12: once, after the cleanup."""
+    notes = Notes()
+    response = SSEResponse(
+        Feed("1").events(),
+        background=BackgroundTask(notes.append, "background"),
+        cleanup=notes.cleanup,
+        policy=CancelPolicy(timeout=0.05 if cause == "timeout" else None),
+    )
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            await wire.until(b"data: 1")
+            if cause == "disconnect":
+                wire.leave()
+            elif cause == "shutdown":
+                drain()
+    assert notes == ["cleanup", "background"]
+
+
+async def test_an_error_of_the_content_outlives_the_client() -> None:
+    """It came first: it is not to vanish because the client left while the events before it went out."""
+    wire = Wire()
+    raised = anyio.Event()
+
+    async def content() -> Events:
+        yield "1"
+        yield "2"
+        wire.unblocked = anyio.Event()
+        await anyio.sleep(0.02)
+        raised.set()
+        raise ZeroDivisionError
+
+    errors: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            await wire.run(SSEResponse(content()))
+        except ZeroDivisionError as exc:
+            errors.append(exc)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            await raised.wait()
+            await anyio.sleep(0.01)
+            wire.left.set()
+    assert len(errors) == 1
+
+
+async def test_no_heartbeat_after_the_farewell() -> None:
+    async def content() -> Events:
+        try:
+            yield "1"
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):  # for Trio
+                await anyio.sleep(0.2)
+
+    wire = await drained(SSEResponse(content(), heartbeat=0.05, farewell="bye"))
+    assert wire.body.endswith(b"data: bye\r\n\r\n")
+
+
+async def test_a_client_that_leaves_ends_the_grace() -> None:
+    """Whoever the grace was for has gone."""
+    feed = Feed("1")
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(feed.events(), shutdown_grace_period=60))
+            await wire.until(b"data: 1")
+            drain()
+            wire.leave()
+    assert feed.closed.is_set()
 
 
 # -- draining ------------------------------------------------------------------------------------
@@ -926,3 +1109,64 @@ async def test_a_sender_that_fails_at_the_end_is_logged(caplog: pytest.LogCaptur
 
     assert (await sent_by(feed.events(), data_sender_callable=sender)).ended
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_sender_that_wakes_the_content_and_fails() -> None:
+    """The content stands at its `yield` when the error comes: that is its one interruption (C7)."""
+    feed = Feed("1")
+    cleaned: list[str] = []
+
+    async def content() -> Events:
+        try:
+            async with aclosing(feed.events()) as events:
+                async for item in events:
+                    yield item
+        finally:
+            with anyio.CancelScope(shield=True):  # for Trio
+                await anyio.sleep(0.001)
+            cleaned.append("content")
+
+    async def sender() -> None:
+        await feed.waiting.wait()
+        feed.put("2")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await Wire().run(SSEResponse(content(), data_sender_callable=sender))
+    assert cleaned == ["content"]
+
+
+async def test_a_sender_that_is_not_wanted_before_it_begins() -> None:
+    """On Trio this hung for ever."""
+    wire = Wire()
+    wire.leave()
+
+    async def sender() -> None:
+        await anyio.sleep_forever()
+
+    feed = Feed("1")
+    response = SSEResponse(feed.events(), data_sender_callable=sender)
+
+    async def early() -> None:
+        while response._ladder is None:
+            await anyio.sleep(0)
+        response._ladder.signal("stop")
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            group.start_soon(early)
+
+
+async def test_a_stream_that_is_closed_while_it_waits() -> None:
+    """By whoever drives the coroutine, as Python does with one that nobody wants any more."""
+    wire = Wire()
+    feed = Feed("1")
+    running = Ahead(feed.events())
+    assert running.poll()
+    assert not running.poll()
+    waiting: Any = running.wait()
+    waiting.send(None)
+    waiting.close()
+    assert feed.closed.is_set()
+    assert wire.sent == []
