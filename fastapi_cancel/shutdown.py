@@ -91,8 +91,7 @@ class _Streams(dict[Stream, Address | None]):
             self._pulse = heart.add(self._look, 0)
 
     def stop(self) -> None:
-        if self._heart is not None:
-            self._pulse.stop()
+        self._pulse.stop()
 
     def _look(self, now: float) -> float:
         for address in [address for address, still in self._still.items() if not still()]:

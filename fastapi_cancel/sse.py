@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from types import EllipsisType
@@ -86,7 +86,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         ping: float | None = None,
         sep: str | None = None,
         ping_message_factory: Callable[[], Event] | None = None,
-        data_sender_callable: Callable[[], Awaitable[None]] | None = None,
+        data_sender_callable: Callable[[], Coroutine[Any, Any, None]] | None = None,
         send_timeout: float | None = None,
         client_close_handler_callable: Callable[[Message], Awaitable[None]] | None = None,
         shutdown_event: anyio.Event | None = None,
@@ -131,15 +131,14 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             sep=sep,
             ping_message_factory=ping_message_factory,
             send_timeout=send_timeout,
+            client_close_handler_callable=client_close_handler_callable,
+            data_sender_callable=data_sender_callable,
             shutdown_event=shutdown_event,
             shutdown_grace_period=shutdown_grace_period,
         )
         del self.headers["connection"]  # HTTP/1.1 needs none, HTTP/2 forbids it (RFC 9113, section 8.2.2)
-        del self._send_lock  # of no use here, and 760 bytes
+        del self._headers, self._send_lock  # of no use from here on, and a thousand bytes
         self._sources = [self.body_iterator]
-        self._data_sender = data_sender_callable
-        self._client_close_handler = client_close_handler_callable
-        self._grace_on_shutdown = shutdown_grace_period
         self._limit = cleanup_timeout
         self._retry = retry
         self._farewell = farewell
@@ -158,8 +157,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         assert ladder is not None
         if self._shutdown_event is not None:
             self._shutdown_event.set()
-        if self._grace_on_shutdown and ladder.cause is None and "shutdown" in ladder.policy.causes:
-            ladder.adopt(ladder.policy.replace(grace=self._grace_on_shutdown))
+        if self._shutdown_grace_period and ladder.cause is None and "shutdown" in ladder.policy.causes:
+            ladder.adopt(ladder.policy.replace(grace=self._shutdown_grace_period))
         ladder.signal("shutdown")
 
     # -- one request -------------------------------------------------------------------------
@@ -202,8 +201,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         try:
             await send(self._start())
             with shutdown.draining(ladder, self):
-                if self._data_sender is not None:
-                    sender = Beside(self._data_sender, scope, ladder, done=partial(self._sender_done, stream))
+                if self.data_sender_callable is not None:
+                    sender = Beside(self.data_sender_callable, scope, ladder, done=partial(self._sender_done, stream))
                 await stream.run()
         finally:
             self.active = False
@@ -218,7 +217,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             if self.active:
                 stream.fail(sender.error)
             else:
-                logger.error("data_sender_callable %r failed", self._data_sender, exc_info=sender.error)
+                logger.error("data_sender_callable %r failed", self.data_sender_callable, exc_info=sender.error)
 
     async def aclose(self) -> None:
         info = self.info
@@ -226,8 +225,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             self._told = True
             if self._on_disconnect is not None:
                 self._cleanups.append(partial(self._on_disconnect, info))
-            if self._client_close_handler is not None and info.cause == "disconnect":
-                self._cleanups.append(partial(self._client_close_handler, {"type": "http.disconnect"}))
+            if self.client_close_handler_callable is not None and info.cause == "disconnect":
+                self._cleanups.append(partial(self.client_close_handler_callable, {"type": "http.disconnect"}))
         await super().aclose()
 
     # -- what the stream asks for ------------------------------------------------------------

@@ -6,7 +6,9 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -15,10 +17,12 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 import trio
+from sse_starlette.sse import AppStatus
 
+import fastapi_cancel
 from fastapi_cancel import CancellableStreamingResponse, SSEResponse, shutdown
 from fastapi_cancel._heart import AT_ONCE, Heart
-from fastapi_cancel._listeners import address_of, listening
+from fastapi_cancel._listeners import OLDEST, address_of, listening
 
 from .asgi import Connection
 
@@ -107,6 +111,44 @@ async def test_a_later_server_starts_anew(heard: list[int]) -> None:
     assert streams.told == 1
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_other_threads_hear_no_signals(heard: list[int]) -> None:
+    """As their servers hear none."""
+    other = Streams(2)
+    told: list[int] = []
+
+    async def in_thread() -> None:
+        def stop() -> None:
+            told.append(other.told)
+            shutdown.drain()
+
+        loop = asyncio.get_running_loop()
+        await other.run(lambda: loop.call_later(0.5, stop))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.to_thread.run_sync, partial(asyncio.run, in_thread()))
+        while other.open < 2:
+            await asyncio.sleep(0.01)
+        ours = Streams()
+        await ours.run(lambda: signal.raise_signal(signal.SIGTERM))
+        assert ours.told == 1
+    assert told == [0]
+    assert other.told == 2
+
+
+async def test_a_stream_that_finishes_leaves_the_others_open() -> None:
+    streams = Streams()
+
+    async def finish_one() -> None:
+        await Connection().run(SSEResponse(["1"]))
+        assert streams.told == 0
+        assert shutdown.drain() == 1
+
+    async with anyio.create_task_group() as group:
+        await streams.run(lambda: group.start_soon(finish_one))
+    assert streams.told == 1
+
+
 async def test_where_nobody_takes_the_signal_nor_do_we() -> None:
     """It would keep the process from ending (Hypercorn's workers)."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -123,14 +165,13 @@ async def test_a_closed_listening_socket_ends_the_streams_that_came_in_there() -
     one = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     other = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     servers = [one, other]
-    ours, theirs, unknown = (
-        Streams(2, one.sockets[0].getsockname()),
-        Streams(1, other.sockets[0].getsockname()),
-        Streams(1, ("127.0.0.1", 1)),
-    )
+    address = one.sockets[0].getsockname()
+    ours, late = Streams(2, address), Streams(1, address)
+    theirs = Streams(1, other.sockets[0].getsockname())
+    unknown = Streams(1, ("127.0.0.1", 1))
 
     async def stop() -> None:
-        while shutdown.drain.__module__ and ours.told < 2:
+        while ours.told < 2:
             await asyncio.sleep(0.01)
         assert (theirs.told, unknown.told) == (0, 0)
         shutdown.drain()
@@ -140,7 +181,6 @@ async def test_a_closed_listening_socket_ends_the_streams_that_came_in_there() -
         group.start_soon(theirs.run, int)
         group.start_soon(unknown.run, int)
         await ours.run(one.close)
-        late = Streams(1, ("127.0.0.1", ours.connections[0].scope["server"][1]))
         await late.run(int)
     assert late.told == theirs.told == unknown.told == 1
     for server in servers:
@@ -197,6 +237,95 @@ async def test_many_heartbeats_at_one_time_leave_the_loop_its_turns() -> None:
     assert most == AT_ONCE
     for pulse in pulses:
         pulse.stop()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_pulses_that_stop_before_they_are_due() -> None:
+    heart = Heart(asyncio.get_running_loop().call_later)
+    beats: list[str] = []
+    beaten = anyio.Event()
+
+    def beat(name: str) -> Callable[[float], float]:
+        def look(now: float) -> float:
+            beats.append(name)
+            if name == "last":
+                beaten.set()
+            return now + 100
+
+        return look
+
+    now = monotonic()
+    pulses = {
+        name: heart.add(beat(name), now + 0.1 * number) for number, name in enumerate(["a", "b", "c", "d", "e", "last"])
+    }
+    pulses["b"].stop()
+    await anyio.sleep(0.25)
+    pulses["d"].stop()
+    pulses["d"].stop()
+    with anyio.fail_after(5):
+        await beaten.wait()
+    assert beats == ["a", "c", "e", "last"]
+    for pulse in pulses.values():
+        pulse.stop()
+    assert heart._due == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_only_the_first_tasks_are_looked_into() -> None:
+    """To look into a task costs it some kilobytes."""
+
+    async def hold(things: list[object]) -> None:
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as servers, trio.open_nursery() as requests:
+        no_sockets: list[object] = [5]
+        servers.start_soon(hold, no_sockets)
+        listeners = await servers.start(trio.serve_tcp, trio.aclose_forcefully, 0)
+        for _ in range(2 * OLDEST):
+            requests.start_soon(trio.sleep_forever)
+        await anyio.sleep(0.01)
+        assert listeners[0].socket.getsockname()[1] in listening()
+        servers.cancel_scope.cancel()
+
+
+async def test_draining_that_is_switched_off(heard: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """sse-starlette's `AppStatus.disable_automatic_graceful_drain`: the signal goes to the server only."""
+    monkeypatch.setattr(AppStatus, "enable_automatic_graceful_drain", False)
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port: int = listener.extra(anyio.abc.SocketAttribute.local_port)
+    monkeypatch.setattr(shutdown, "listening", lambda: {port: lambda: not closed})
+    closed: list[bool] = []
+    streams = Streams(1, ("127.0.0.1", port))
+
+    async def stop_later() -> None:
+        closed.append(True)
+        signal.raise_signal(signal.SIGTERM)
+        await anyio.sleep(2 * shutdown.LOOK)
+        assert streams.told == 0
+        shutdown.drain()
+
+    async with anyio.create_task_group() as group:
+        await streams.run(lambda: group.start_soon(stop_later))
+    assert heard == [signal.SIGTERM]
+    await listener.aclose()
+
+
+@pytest.mark.parametrize(
+    ("missing", "error", "message"),
+    [
+        ("sse_starlette.sse", ImportError, "SSEResponse needs sse-starlette: pip install"),
+        ("fastapi_cancel._beside", ModuleNotFoundError, "_beside"),
+    ],
+)
+def test_what_needs_sse_starlette_says_so(
+    monkeypatch: pytest.MonkeyPatch, missing: str, error: type[Exception], message: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "fastapi_cancel.sse")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(error, match=message):
+        _ = fastapi_cancel.SSEResponse
+    with pytest.raises(AttributeError, match="no attribute 'SSE'"):
+        _ = fastapi_cancel.SSE
 
 
 def test_without_sse_starlette() -> None:

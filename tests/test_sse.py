@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from time import monotonic
 from typing import Any
@@ -64,7 +64,7 @@ class Feed:
         self.items += items
         self.more.set()
 
-    async def events(self) -> Events:
+    async def events(self) -> AsyncGenerator[Any]:
         try:
             while True:
                 while self.items:
@@ -511,6 +511,21 @@ async def test_a_heartbeat_that_cannot_be_written_is_a_stalled_client() -> None:
     assert feed.closed.is_set()
 
 
+async def test_a_client_that_leaves_during_a_heartbeat() -> None:
+    """On a server whose `send` raises."""
+    notes = Notes()
+    feed = Feed("1")
+    wire = Wire(raises=True)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(feed.events(), heartbeat=0.05, on_disconnect=notes.on_disconnect))
+            await feed.waiting.wait()
+            wire.unblocked = anyio.Event()
+            await anyio.sleep(0.2)
+            wire.leave()
+    assert notes[0].cause == "disconnect"
+
+
 async def test_an_error_of_send_aside_comes_out() -> None:
     """Of a middleware, say. It ends the stream at once, however long the content waits."""
 
@@ -863,6 +878,50 @@ async def test_an_error_of_the_content_outlives_the_client() -> None:
     assert len(errors) == 1
 
 
+async def test_an_error_of_the_content_after_the_client_left() -> None:
+    """In its grace. What it yielded cannot be sent any more."""
+    wire = Wire()
+    errors: list[Exception] = []
+
+    async def content() -> Events:
+        yield "1"
+        while not wire.left.is_set():
+            await anyio.sleep(0.001)
+        await anyio.sleep(0.01)
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        try:
+            await wire.run(SSEResponse(content(), policy=CancelPolicy(grace=60)))
+        except ZeroDivisionError as exc:
+            errors.append(exc)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            await wire.until(b"data: 1")
+            wire.leave()
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_servers_cancellation_goes_before_an_error_of_the_content() -> None:
+    """C14."""
+    wire = Wire()
+
+    async def content() -> Events:
+        yield "1"
+        yield "2"
+        wire.unblocked = anyio.Event()
+        raise ZeroDivisionError
+
+    running = asyncio.create_task(wire.run(SSEResponse(content())))
+    await asyncio.sleep(0.01)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
 async def test_no_heartbeat_after_the_farewell() -> None:
     async def content() -> Events:
         try:
@@ -1170,3 +1229,11 @@ async def test_a_stream_that_is_closed_while_it_waits() -> None:
     waiting.close()
     assert feed.closed.is_set()
     assert wire.sent == []
+
+
+async def test_a_sender_that_is_never_begun() -> None:
+    """The stream is over before it could."""
+
+    async def sender() -> None: ...
+
+    assert (await sent_by(words("1"), data_sender_callable=sender)).ended
