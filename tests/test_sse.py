@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from time import monotonic
@@ -626,7 +627,7 @@ async def test_nothing_is_kept_of_streams_that_ended() -> None:
     assert heart._due == []
     assert heart._timer is None
 
-    async def stream() -> None:
+    async def stream() -> weakref.ref[Any]:
         feed = Feed("1")
         wire = Wire()
         async with anyio.create_task_group() as group:
@@ -634,11 +635,13 @@ async def test_nothing_is_kept_of_streams_that_ended() -> None:
             await wire.until(b"data: 1")
             await feed.waiting.wait()
             feed.put(StopAsyncIteration)
+        loop = asyncio.get_running_loop()
+        assert loop in _hearts
+        return weakref.ref(loop)
 
-    before = len(_hearts)
-    await run_sync(asyncio.run, stream())
+    ended = await run_sync(asyncio.run, stream())
     gc.collect()
-    assert len(_hearts) == before
+    assert ended() is None
 
 
 # -- ends ----------------------------------------------------------------------------------------
