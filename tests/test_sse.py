@@ -831,7 +831,7 @@ async def test_cleanup_timeout(limit: float | None, seconds: float) -> None:
 
 @pytest.mark.parametrize("cause", ["disconnect", "timeout", "shutdown"])
 async def test_background_tasks_run_after_every_end(cause: str) -> None:
-    """C12: once, after the cleanup."""
+    """C12, lsst/daf_butler#1407: once, after the cleanup."""
     notes = Notes()
     response = SSEResponse(
         Feed("1").events(),
@@ -849,6 +849,49 @@ async def test_background_tasks_run_after_every_end(cause: str) -> None:
             elif cause == "shutdown":
                 drain()
     assert notes == ["cleanup", "background"]
+
+
+async def test_a_finished_response_does_not_cancel_its_background_task() -> None:
+    """C5, ITISFoundation/osparc-simcore#7279: the client has its answer and leaves."""
+    wire = Wire()
+    finished: list[str] = []
+
+    async def background() -> None:
+        wire.leave()
+        await anyio.sleep(0.05)
+        finished.append("background")
+
+    with anyio.fail_after(5):
+        await wire.run(SSEResponse(words("1"), background=BackgroundTask(background)))
+    assert finished == ["background"]
+
+
+@pytest.mark.parametrize("stands_at", ["await", "yield"])
+async def test_content_that_holds_a_scope_across_its_yield(stands_at: str, caplog: pytest.LogCaptureFixture) -> None:
+    """C11, unslothai/unsloth#6577: closed by another task it would "exit cancel scope in a different task"."""
+    wire = Wire()
+
+    async def content() -> Events:
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.sleep_forever)
+            try:
+                yield "1"
+                if stands_at == "yield":
+                    wire.unblocked = anyio.Event()
+                yield "2"
+                await anyio.sleep_forever()
+            finally:
+                group.cancel_scope.cancel()
+
+    async def leave() -> None:
+        await anyio.sleep(0.05)
+        wire.leave()
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(content()))
+            group.start_soon(leave)
+    assert caplog.records == []
 
 
 async def test_an_error_of_the_content_outlives_the_client() -> None:
