@@ -66,7 +66,7 @@ def ended(live: LiveServer, count: int, marks: list[str] = MARKS, may_say: str |
 @pytest.mark.parametrize("middleware", [0, 5])
 @pytest.mark.parametrize("server", SERVERS)
 def test_cleanups_await_after_a_drop(serving: Start, server: str, middleware: int, app: str, leave: str) -> None:
-    """litestar-org/litestar#3607, C1, C2, C7, C11, C13: 5 of 5 generators and hooks run to their end, once; nothing is left or logged."""
+    """C1, C2, C7, C11, C13, litestar-org/litestar#3607: 5 of 5 run to their end, once; nothing is left or logged."""
     live = serving(server, middleware)
     for client in open_idle(live, f"/{app}/idle"):
         getattr(client, leave)()
