@@ -69,6 +69,10 @@ DIFFERENT = {
         "test_stream_whenEncodingFails_thenClosesSuspendedGenerator",
         "test_stream_whenEncodingFailsAndCleanupStuck_thenDeadlineCancelsCleanup",
     ],
+    "the private method of sse-starlette that sends its heartbeats is called, and needs the private lock": [
+        "test_ping_whenSendTimesOut_thenRaisesSendTimeoutError",
+        "test_ping_whenTimerTicks_thenSendsOneMessagePerTick",
+    ],
     "a heartbeat is never sent while an event is: the test wants the two to collide": [
         "test_ping_whenConcurrentWithEvents_thenRespectsLocking"
     ],
