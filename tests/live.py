@@ -36,7 +36,18 @@ COMMANDS: dict[str, list[str]] = {
     "hypercorn": ["hypercorn", "-b", "127.0.0.1:{port}", "--access-logfile", "-", "{app}"],
     "hypercorn-trio": ["hypercorn", "-k", "trio", "-b", "127.0.0.1:{port}", "--access-logfile", "-", "{app}"],
     "granian": ["granian", "--interface", "asgi", "--port", "{port}", "--access-log", "{app}"],
-    "granian-workers": ["granian", "--interface", "asgi", "--workers", "2", "--port", "{port}", "{app}"],
+    "granian-workers": [
+        "granian",
+        "--interface",
+        "asgi",
+        "--workers",
+        "2",
+        "--backpressure",
+        "2000",
+        "--port",
+        "{port}",
+        "{app}",
+    ],
     "daphne": ["daphne", "-b", "127.0.0.1", "-p", "{port}", "{app}"],
 }
 SERVERS = ["uvicorn-httptools", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]

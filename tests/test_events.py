@@ -273,7 +273,6 @@ class Tone(enum.StrEnum):
         "\n",
         "\u2028\u0085",
         b"raw",
-        memoryview(b"raw"),
         5,
         None,
         True,

@@ -64,8 +64,8 @@ class Streams:
     def open(self, path: str, count: int = 1) -> None:
         for _ in range(count):
             client = self.server.open(path)
-            client.until(b"first")
             self.clients.append(client)
+            client.until(b"first")
 
     def stop(self, sig: int = signal.SIGTERM) -> int:
         self.server.process.send_signal(sig)
