@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator
 from types import coroutine
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ class Ahead:
     def __init__(self, iterable: AsyncIterable[Any]) -> None:
         self._iterator = iterator = iterable.__aiter__()
         self._next: Callable[[], _Steps] = (
-            iterator.__anext__ if isinstance(iterator, AsyncGenerator) else lambda: _await(iterator.__anext__())
+            iterator.__anext__ if isinstance(iterator, AsyncGenerator) else lambda: _next(iterator)
         )
         self._steps: _Steps
         self._waiting_for: Any = None
@@ -78,5 +78,5 @@ class Ahead:
             self._waiting_for = None
 
 
-async def _await(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
+async def _next(iterator: AsyncIterator[Any]) -> Any:
+    return await iterator.__anext__()

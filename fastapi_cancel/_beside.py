@@ -8,7 +8,7 @@ import anyio
 from starlette.types import Scope
 
 from .ladder import Ladder
-from .policy import CAUSES
+from .policy import CAUSES, CancelPolicy
 from .protect import ladder_for
 
 
@@ -18,12 +18,13 @@ class Beside:
     It is interrupted when ``parent``'s work is, and by ``end``.
 
     :ivar error: what ``function`` raised
+    :ivar begun: whether its task has; one that is cancelled before has no end to wait for
     :ivar ladder: its own, once it runs
     """
 
     error: Exception | None = None
     ladder: Ladder | None = None
-    _unwanted = False
+    begun = _unwanted = False
 
     def __init__(
         self, function: Callable[[], Awaitable[object]], scope: Scope, parent: Ladder, done: Callable[[Beside], object]
@@ -35,22 +36,36 @@ class Beside:
         self._ended = anyio.Event()
         parent.spawn(self._run)
 
-    async def end(self) -> None:
-        """Interrupt it, wherever it is, and wait for its cleanup."""
-        self._signal()
+    async def end(self, *, at_once: bool = False) -> None:
+        """Interrupt it, wherever it is, and wait for its cleanup.
+
+        :param at_once: without the grace of the policy
+        """
+        self._unwanted = True
+        if not self.begun:
+            return
+        if self.ladder is not None:
+            self.ladder.signal(self._parent.cause or "stop", at_once=at_once)
         with anyio.CancelScope(shield=True):
             await self._ended.wait()
 
     def _signal(self) -> None:
+        """The parent's work is to end: with the grace that it has now."""
         self._unwanted = True
         if self.ladder is not None:
+            self.ladder.adopt(self._policy())
             self.ladder.signal(self._parent.cause or "stop")
 
+    def _policy(self) -> CancelPolicy:
+        # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
+        return self._parent.policy.replace(causes=CAUSES, timeout=None)
+
     async def _run(self) -> None:
+        self.begun = True
         try:
-            # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
-            ladder = ladder_for(self._parent.policy.replace(causes=CAUSES, timeout=None), self._scope)
-            await ladder.run(self._work(ladder))
+            if not self._unwanted:
+                ladder = ladder_for(self._policy(), self._scope)
+                await ladder.run(self._work(ladder))
         except Exception as exc:
             self.error = exc
         finally:
@@ -60,5 +75,4 @@ class Beside:
     async def _work(self, ladder: Ladder) -> None:
         self.ladder = ladder  # not before it runs: on Trio it could not yet do what a signal asks of it
         self._parent.listen(self._signal)
-        if not self._unwanted:
-            await self._function()
+        await self._function()

@@ -105,6 +105,9 @@ class _OwnTask:
         """Have the generator closed, wherever it is, and wait for that."""
         self._pulled.close()
         await self._beside.end()
+        if not self._beside.begun:
+            self._items.close()
+            await close(self._generator)
         if self._beside.error is not None and not self._told:
             logger.error("%r failed", self._generator, exc_info=self._beside.error)
         self._beside.error = None

@@ -42,6 +42,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterable
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -114,6 +115,7 @@ class EventStream:
         "_began",
         "_busy",
         "_bytes",
+        "_context",
         "_error",
         "_events",
         "_gathered",
@@ -145,7 +147,8 @@ class EventStream:
         self._through: anyio.Event | None = None
         self._pulse: Pulse | None = None
         self._error: Exception | None = None
-        ladder.parting = self._part_aside
+        self._context = copy_context()  # what is made aside is made for this request, whoever asks for it
+        ladder.parting = self._part_here
 
     @property
     def info(self) -> StreamInfo:
@@ -157,31 +160,31 @@ class EventStream:
 
         :raises RequestCancelled: it ended early, at a chunk boundary
         """
-        fault: InvalidEvent | None = None
         try:
             if greeting := self._source.make_greeting():
                 await self._put(greeting)
-            await self._pump()
+            try:
+                await self._pump()
+            except InvalidEvent as fault:
+                logger.error("%s: the stream ends here: %s", self._ladder.name(), fault, exc_info=fault)
+            except Exception:
+                await self._flush()
+                raise
+            if (words := self._last_words()) or self._gathered:
+                await self._put(words)  # not with the last message: who leaves during that has got everything
+            await self._put(more_body=False)
         except (RequestCancelled, anyio.get_cancelled_exc_class()):
-            if self._error is not None:
-                raise self._error from None
-            if self._ladder.cause in HERE:
+            if self._error is None and self._ladder.cause in HERE:
                 await self._part()
-            raise
-        except InvalidEvent as exc:
-            fault = exc
-            await self._flush()
-        except Exception:
-            await self._flush()
+            if self._error is not None and self._ladder.cause is not None:
+                error, self._error = self._error, None
+                raise error from None
             raise
         finally:
             if self._pulse is not None:
                 self._pulse.stop()
-        if fault is not None:
-            logger.error("%s: the stream ends here: %s", self._ladder.name(), fault, exc_info=fault)
-        if (words := self._last_words()) or self._gathered:
-            await self._put(words)  # not with the last message: who leaves during that has got everything
-        await self._put(more_body=False)
+            if self._error is not None:
+                logger.error("%s: something beside the stream failed", self._ladder.name(), exc_info=self._error)
 
     def fail(self, error: Exception) -> None:
         """Have the stream end at once with an error that somebody beside it met."""
@@ -210,7 +213,7 @@ class EventStream:
                 try:
                     event, id = encode(items.item, sep)
                 except InvalidEvent as fault:
-                    await self._put()
+                    await self._flush()
                     items.fail(fault)
                     continue
                 gathered.append(event)
@@ -235,7 +238,7 @@ class EventStream:
         if self._gathered and not self._busy:
             self._send_aside(self._take())
         if self._pulse is None and (interval := self._source.ping_interval):
-            self._pulse = heart_for(self._ladder).add(self._look, self._sent_at + interval)
+            self._pulse = heart_for(self._ladder).add(self._look_here, self._sent_at + interval)
         self._pulls = True
         try:
             await items.wait()
@@ -295,11 +298,13 @@ class EventStream:
             with anyio.move_on_after(PARTING, shield=True) as scope:
                 if (words := self._last_words()) or self._gathered:
                     await self._put(words)
-            await self._source.close_content()
             self.gave_up = scope.cancelled_caught
-            if not self.gave_up:
-                with anyio.move_on_after(PARTING, shield=True):
-                    await self._put(more_body=False)
+            try:
+                await self._source.close_content()
+            finally:
+                if not self.gave_up:
+                    with anyio.move_on_after(PARTING, shield=True):
+                        await self._put(more_body=False)
 
     # -- aside -------------------------------------------------------------------------------
 
@@ -320,6 +325,12 @@ class EventStream:
             self._busy = False
             if self._through is not None:
                 self._through.set()
+
+    def _look_here(self, now: float) -> float:
+        return self._context.copy().run(self._look, now)
+
+    def _part_here(self) -> None:
+        self._context.copy().run(self._part_aside)
 
     def _look(self, now: float) -> float:
         """Send a heartbeat if one is due. When the next one may be."""

@@ -12,12 +12,14 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias
 
 Address: TypeAlias = int | str
 """A port, or the path of a Unix socket."""
 OLDEST = 20  # tasks: those of a server are among the first
+MANY = 64  # a list of more is none of listening sockets
 Still: TypeAlias = Callable[[], bool]
 
 
@@ -67,14 +69,15 @@ def _locals(coroutine: Any) -> Iterator[object]:
 
 
 def _addresses(things: object) -> Iterator[tuple[Address, Still]]:
-    if not isinstance(things, list):
+    if not isinstance(things, list) or len(things) > MANY:
         return
     for thing in things:
-        if inspect.getattr_static(thing, "is_serving", None) is not None:
-            for socket in thing.sockets:
-                yield _name(socket), thing.is_serving
-        elif (trio := sys.modules.get("trio")) and isinstance(thing, trio.SocketListener):
-            yield _name(thing.socket), partial(_is_open, thing.socket)
+        with suppress(Exception):  # it only looked like one; or it is closed
+            if inspect.getattr_static(thing, "is_serving", None) is not None:
+                for socket in thing.sockets:
+                    yield _name(socket), thing.is_serving
+            elif (trio := sys.modules.get("trio")) and isinstance(thing, trio.SocketListener):
+                yield _name(thing.socket), partial(_is_open, thing.socket)
 
 
 def _is_open(socket: Any) -> bool:

@@ -93,8 +93,9 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
     try:
         if not channel.started:
             await _answer(cause, channel.scope, receive, send)
-        elif cause == "shutdown" and not channel.closing:  # an event stream, which may end anywhere
-            with anyio.move_on_after(1, shield=True):
+        elif cause == "shutdown" and not channel.closing and not channel.gone:
+            # An event stream, which may end anywhere.
+            with anyio.move_on_after(1, shield=True), suppress(OSError):
                 await send({"type": "http.response.body"})
     finally:
         if background is not None and channel.ladder.policy.background:

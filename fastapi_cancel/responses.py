@@ -84,6 +84,10 @@ class Cancellable(Response):
         if self.background is not None:
             await self.background()
 
+    async def close_on_exit(self, *exc: object) -> None:
+        """``aclose``, for an exit stack."""
+        await self.aclose()
+
     async def aclose(self) -> None:
         """Run what has not run of the cleanup. Called at the end; harmless to call again."""
         policy = self._policy_over(self._ladder.policy if self._ladder is not None else CancelPolicy())

@@ -69,7 +69,7 @@ class CancellableRoute(APIRoute):
             # To close before the dependencies do, in the task of the request, even if never called.
             if isinstance(response, Cancellable):
                 response._ladder = channel.ladder
-                scope["fastapi_inner_astack"].push_async_callback(response.aclose)
+                scope["fastapi_inner_astack"].push_async_exit(response.close_on_exit)  # lighter than a callback
             elif isinstance(response, StreamingResponse):
                 in_threads(response)
                 scope["fastapi_inner_astack"].push_async_callback(close, response.body_iterator)

@@ -17,7 +17,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from types import FrameType
@@ -76,7 +76,7 @@ class _Streams(dict[Stream, Address | None]):
         self.hears = hears
         self._soon = soon
         self._heart: Heart | None = None
-        self._pulse: Pulse
+        self._pulse: Pulse | None = None
         self._still: dict[Address, Still] = {}
         self._closed: set[Address] = set()
         self._should_exit = status.should_exit
@@ -91,7 +91,8 @@ class _Streams(dict[Stream, Address | None]):
             self._pulse = heart.add(self._look, 0)
 
     def stop(self) -> None:
-        self._pulse.stop()
+        if self._pulse is not None:
+            self._pulse.stop()
 
     def _look(self, now: float) -> float:
         for address in [address for address, still in self._still.items() if not still()]:
@@ -130,11 +131,11 @@ def draining(ladder: Ladder, stream: Stream | None = None) -> Iterator[None]:
     soon = _soon()
     if (streams := _open.get(soon)) is None:
         streams = _open[soon] = _Streams(soon, hears=threading.current_thread() is threading.main_thread())
-    address = streams[stream] = address_of(ladder.scope.get("server"))
-    streams.look_at(address, heart_for(ladder))
-    if streams.hears and _listen():
-        stream.shut_down()
+    streams[stream] = address_of(ladder.scope.get("server"))
     try:
+        streams.look_at(streams[stream], heart_for(ladder))
+        if streams.hears and _listen():
+            stream.shut_down()
         yield
     finally:
         del streams[stream]
@@ -180,8 +181,13 @@ class _Listener:
             self.heard = True
             for soon, streams in list(_open.items()):
                 if streams.hears:
-                    soon(drain)
+                    with suppress(RuntimeError):  # a loop that was closed with open streams
+                        soon(drain)
         self._handler(signum, frame)
+
+    def __getattr__(self, name: str) -> Any:
+        # sse-starlette finds uvicorn's server by the handler's `__self__`.
+        return getattr(self._handler, name)
 
 
 def _listen() -> bool:

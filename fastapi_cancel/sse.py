@@ -170,18 +170,23 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         return policy.replace(cleanup_timeout=NO_LIMIT if self._limit is None else self._limit or AT_ONCE)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._stream is not None:
+            raise RuntimeError("an SSEResponse is for one request: its content has been sent")
+        channel = channel_of(scope)
         try:
             # A HEAD would never be answered to its end (sysid/sse-starlette#218).
             if scope["type"] == "http" and scope["method"].upper() == "HEAD":
                 await send(self._start())
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            elif (channel := channel_of(scope)) is not None:
+            elif channel is not None:
                 await self._serve_on(channel, scope, send)
             else:  # the endpoint opted out, or a WebSocket is denied: nobody watches the client
                 ladder = ladder_for(self._policy_over(CancelPolicy()).replace(causes=()), scope)
                 await ladder.run(self._serve(ladder, scope, _deny(send) if scope["type"] == "websocket" else send))
         finally:
             await self.aclose()
+        if channel is not None:
+            channel.response = None  # whose background task would run again if the client has gone
         if self.background is not None:
             await self.background()
 
@@ -207,7 +212,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         finally:
             self.active = False
             if sender is not None:
-                await sender.end()
+                await sender.end(at_once=True)
 
     def _start(self) -> Message:
         return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Annotated
 
 import anyio
@@ -48,6 +49,9 @@ class CancelToken:
         :raises RequestCancelled: it is
         """
         if (cause := self.cause) is not None:
+            assert self._ladder is not None
+            with suppress(RuntimeError):  # in a thread, there is no task to ask about
+                self._ladder.settle()
             raise RequestCancelled(cause)
 
     async def wait(self) -> Cause:

@@ -199,6 +199,47 @@ async def test_listening_sockets_on_trio() -> None:
     assert not still()
 
 
+class LooksLikeOne:
+    is_serving = True
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_only_looks_like_a_server_is_passed_over() -> None:
+    """And long lists are: they are somebody's data."""
+
+    async def hold(things: list[object]) -> None:
+        await asyncio.sleep(60)
+
+    tasks = [asyncio.create_task(hold([LooksLikeOne()])), asyncio.create_task(hold([LooksLikeOne()] * 1000))]
+    await asyncio.sleep(0)
+    assert isinstance(listening(), dict)
+    for task in tasks:
+        task.cancel()
+
+
+def test_a_loop_that_was_closed_with_open_streams(heard: list[int]) -> None:
+    """The server's handler is called all the same."""
+
+    loop = asyncio.new_event_loop()
+    loop.close()
+    shutdown._open[loop.call_soon_threadsafe] = shutdown._Streams(loop.call_soon_threadsafe, hears=True)
+    signal.signal(signal.SIGTERM, shutdown._Listener(signal.getsignal(signal.SIGTERM)))  # type: ignore[arg-type]
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+    del shutdown._open[loop.call_soon_threadsafe]
+
+
+def test_a_handler_of_ours_looks_like_the_one_it_stands_for() -> None:
+    """sse-starlette finds uvicorn's server by the handler's `__self__`."""
+
+    class Server:
+        def handle_exit(self, signum: int, frame: object) -> None: ...
+
+    server = Server()
+    listener: Any = shutdown._Listener(server.handle_exit)
+    assert listener.__self__ is server
+
+
 def test_addresses() -> None:
     assert address_of(("127.0.0.1", 80)) == 80
     assert address_of(("/run/app.sock", None)) == "/run/app.sock"

@@ -7,11 +7,13 @@ import gc
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import aclosing
+from contextvars import ContextVar
 from time import monotonic
 from typing import Any
 
 import anyio
 import pytest
+import sniffio
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, WebSocket
 from fastapi import Response as FastAPIResponse
@@ -30,6 +32,8 @@ from fastapi_cancel import (
     ServerSentEvent,
     SSEResponse,
     StreamInfo,
+    Token,
+    cancel_policy,
     drain,
     never_cancel,
     shutdown,
@@ -1283,3 +1287,206 @@ async def test_a_sender_that_is_never_begun() -> None:
     async def sender() -> None: ...
 
     assert (await sent_by(words("1"), data_sender_callable=sender)).ended
+
+
+# -- what a second review found ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_sender_that_is_cancelled_before_it_begins() -> None:
+    """From outside: the shielded wait for its end must not be for ever."""
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+
+            class Cancelling(Wire):
+                async def send(self, message: Message) -> None:
+                    group.cancel_scope.cancel()
+
+            group.start_soon(
+                Cancelling().run, SSEResponse(Feed("1").events(), data_sender_callable=anyio.sleep_forever)
+            )
+
+
+async def test_a_background_task_runs_once_for_nobody() -> None:
+    """The client has left, the policy lets the stream go on."""
+    notes = Notes()
+    feed = Feed("1")
+    wire = Wire()
+    response = SSEResponse(
+        feed.events(),
+        policy=CancelPolicy(causes={"shutdown"}),
+        background=BackgroundTask(notes.append, "background"),
+        heartbeat=0.05,
+    )
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            await wire.until(b"data: 1")
+            wire.leave()
+            await anyio.sleep(0.1)
+            feed.put(StopAsyncIteration)
+    assert notes == ["background"]
+
+
+async def test_an_error_of_the_sender_while_the_last_events_go_out() -> None:
+    wire = Wire()
+
+    async def sender() -> None:
+        while wire.unblocked.is_set():
+            await anyio.sleep(0.001)
+        await anyio.sleep(0.02)
+        raise ZeroDivisionError
+
+    async def content() -> Events:
+        yield "1"
+        await anyio.sleep(0.02)
+        wire.unblocked = anyio.Event()
+
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await wire.run(SSEResponse(content(), data_sender_callable=sender))
+
+
+async def test_an_error_of_the_sender_while_the_stream_parts(caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets its end; the error is not lost."""
+
+    async def sender() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ZeroDivisionError
+
+    wire = Wire()
+    errors: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            await wire.run(SSEResponse(Feed("1").events(), data_sender_callable=sender, farewell="bye"))
+        except ZeroDivisionError as exc:
+            errors.append(exc)
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            await wire.until(b"data: 1")
+            await anyio.sleep(0.02)
+            drain()
+    assert errors or "ZeroDivisionError" in caplog.text
+
+
+async def test_the_shutdowns_grace_is_the_senders_too() -> None:
+    """One that feeds the content goes on for as long as that does."""
+    send, receive = anyio.create_memory_object_stream[str]()
+
+    async def sender() -> None:
+        async with send:
+            await send.send("1")
+            await anyio.sleep(0.1)
+            await send.send("2")
+
+    response = SSEResponse(receive, data_sender_callable=sender, shutdown_grace_period=10, farewell="bye")
+    wire = await drained(response)
+    assert wire.body == b"data: 1\r\n\r\ndata: 2\r\n\r\ndata: bye\r\n\r\n"
+
+
+async def test_a_finished_stream_does_not_wait_for_its_senders_grace() -> None:
+    with anyio.fail_after(5):
+        await Wire().run(
+            SSEResponse(words("1"), data_sender_callable=anyio.sleep_forever, policy=CancelPolicy(grace=60))
+        )
+
+
+async def test_what_is_made_aside_is_made_for_its_own_request() -> None:
+    """A tenant in a context variable, say: not that of whoever asks for the heartbeat, or drains."""
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+    wires: dict[str, Wire] = {}
+
+    async def serve(name: str) -> None:
+        tenant.set(name)
+        wires[name] = wire = Wire()
+        await wire.run(
+            SSEResponse(
+                Feed(name).events(),
+                heartbeat=0.05,
+                ping_message_factory=lambda: {"comment": tenant.get()},
+                farewell=lambda info: f"bye {tenant.get()}",
+            )
+        )
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            for name in ("ada", "bob"):
+                group.start_soon(serve, name)
+            await anyio.sleep(0.01)
+            for name, wire in wires.items():
+                await wire.until(f": {name}\r\n".encode())
+            drain()
+    for name, wire in wires.items():
+        assert wire.body.endswith(f"data: bye {name}\r\n\r\n".encode())
+
+
+async def test_a_forced_content_still_ends_its_response(caplog: pytest.LogCaptureFixture) -> None:
+    async def content() -> Events:
+        try:
+            while True:
+                yield "x"
+        finally:
+            await anyio.sleep_forever()
+
+    wire = Wire()
+    with anyio.fail_after(10):
+        await wire.run(SSEResponse(content(), farewell="bye", policy=CancelPolicy(timeout=0.05, cleanup_timeout=0.1)))
+    assert wire.body.endswith(b"data: bye\r\n\r\n")
+    assert wire.ended
+
+
+async def test_a_client_that_leaves_in_the_grace_of_a_server_that_raises() -> None:
+    """C13."""
+    wire = Wire(raises=True)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, SSEResponse(Feed("1").events(), shutdown_grace_period=60))
+            await wire.until(b"data: 1")
+            drain()
+            wire.leave()
+
+
+async def test_a_response_is_for_one_request() -> None:
+    response = SSEResponse(["1"])
+    await Wire().run(response)
+    with pytest.raises(RuntimeError, match="for one request"):
+        await Wire().run(response)
+
+
+async def test_an_iterator_that_ends_before_it_is_awaited() -> None:
+    class Empty:
+        def __aiter__(self) -> Empty:
+            return self
+
+        def __anext__(self) -> Any:
+            raise StopAsyncIteration
+
+    assert (await sent_by(Empty())).ended
+
+
+async def test_raising_the_token_is_the_one_interruption() -> None:
+    """C7: the cleanup after it is left alone."""
+    app = FastAPI()
+    app.router.route_class = CancellableRoute
+    cleaned = anyio.Event()
+    wire = Wire()
+
+    @app.get("/")
+    @cancel_policy(grace=0.05)
+    async def endpoint(token: Token) -> None:
+        wire.leave()
+        await token.wait()
+        try:
+            token.raise_if_set()
+        finally:
+            with anyio.CancelScope(shield=sniffio.current_async_library() == "trio"):
+                await anyio.sleep(0.1)
+            cleaned.set()
+
+    with anyio.fail_after(5):
+        await wire.run(app)
+    assert cleaned.is_set()
