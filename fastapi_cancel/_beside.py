@@ -18,13 +18,12 @@ class Beside:
     It is interrupted when ``parent``'s work is, and by ``end``.
 
     :ivar error: what ``function`` raised
-    :ivar begun: whether its task has; one that is cancelled before has no end to wait for
-    :ivar ladder: its own, once it runs
+    :ivar ladder: its own, once it has begun. A task that is cancelled before has no end to wait for
     """
 
     error: Exception | None = None
     ladder: Ladder | None = None
-    begun = _unwanted = False
+    _unwanted = False
 
     def __init__(
         self, function: Callable[[], Awaitable[object]], scope: Scope, parent: Ladder, done: Callable[[Beside], object]
@@ -42,26 +41,23 @@ class Beside:
         :param at_once: without the grace of the policy
         """
         self._unwanted = True
-        if not self.begun:
+        if self.ladder is None:
             return
-        if self.ladder is not None:
-            self.ladder.signal(self._parent.cause or "stop", at_once=at_once)
+        self.ladder.signal(self._parent.cause or "stop", at_once=at_once)
         with anyio.CancelScope(shield=True):
             await self._ended.wait()
 
     def _signal(self) -> None:
         """The parent's work is to end: with the grace that it has now."""
-        self._unwanted = True
-        if self.ladder is not None:
-            self.ladder.adopt(self._policy())
-            self.ladder.signal(self._parent.cause or "stop")
+        assert self.ladder is not None
+        self.ladder.adopt(self._policy())
+        self.ladder.signal(self._parent.cause or "stop")
 
     def _policy(self) -> CancelPolicy:
         # Its parent and `end` tell it, whatever the causes of the policy; the time limit is its parent's.
         return self._parent.policy.replace(causes=CAUSES, timeout=None)
 
     async def _run(self) -> None:
-        self.begun = True
         try:
             if not self._unwanted:
                 ladder = ladder_for(self._policy(), self._scope)

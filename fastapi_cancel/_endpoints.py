@@ -105,7 +105,7 @@ class _OwnTask:
         """Have the generator closed, wherever it is, and wait for that."""
         self._pulled.close()
         await self._beside.end()
-        if not self._beside.begun:
+        if self._beside.ladder is None:
             self._items.close()
             await close(self._generator)
         if self._beside.error is not None and not self._told:

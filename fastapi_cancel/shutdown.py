@@ -76,23 +76,22 @@ class _Streams(dict[Stream, Address | None]):
         self.hears = hears
         self._soon = soon
         self._heart: Heart | None = None
-        self._pulse: Pulse | None = None
+        self._pulse: Pulse
         self._still: dict[Address, Still] = {}
         self._closed: set[Address] = set()
         self._should_exit = status.should_exit
 
     def look_at(self, address: Address | None, heart: Heart) -> None:
         """See to it that the end of listening at ``address`` is noticed."""
-        if address is not None and address not in self._still:
-            # If not found: closed already, or a server with sockets of its own (Granian).
-            self._still[address] = listening().get(address, partial(bool, address not in self._closed))
         if self._heart is not heart:  # on Trio each request has its own
             self._heart = heart
             self._pulse = heart.add(self._look, 0)
+        if address is not None and address not in self._still:
+            # If not found: closed already, or a server with sockets of its own (Granian).
+            self._still[address] = listening().get(address, partial(bool, address not in self._closed))
 
     def stop(self) -> None:
-        if self._pulse is not None:
-            self._pulse.stop()
+        self._pulse.stop()
 
     def _look(self, now: float) -> float:
         for address in [address for address, still in self._still.items() if not still()]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -15,6 +15,8 @@ from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, cancel_policy, never_cancel
+from fastapi_cancel._endpoints import _OwnTask
+from fastapi_cancel.ladder import Ladder
 from fastapi_cancel.protect import channel_of
 
 from .asgi import Connection, run_until_left
@@ -552,3 +554,22 @@ async def test_a_response_of_an_endpoint_that_opted_out_is_not_cancelled() -> No
 
     await run_until_left(connection, as_2_4, started)
     assert seen == ["went on", "cleaned"]
+
+
+class NeverStarts:
+    """A ladder whose helpers are cancelled before their first step."""
+
+    def spawn(self, function: object) -> None: ...
+
+
+async def test_a_generator_whose_task_never_began_is_closed() -> None:
+    """Trio: somebody else's cancellation came first. Waiting for the task would be for ever."""
+
+    async def numbers() -> AsyncGenerator[int]:
+        yield 1
+
+    generator = numbers()
+    own = _OwnTask(generator, {}, cast("Ladder", NeverStarts()))
+    with anyio.fail_after(5):
+        await own.end()
+    assert cast("Any", generator).ag_frame is None

@@ -1490,3 +1490,35 @@ async def test_raising_the_token_is_the_one_interruption() -> None:
     with anyio.fail_after(5):
         await wire.run(app)
     assert cleaned.is_set()
+
+
+async def test_a_sender_that_begins_when_all_is_over() -> None:
+    """It does not."""
+    notes = Notes()
+
+    async def sender() -> None:
+        notes.append("sender")
+
+    await sent_by(words("1"), data_sender_callable=sender, cleanup=notes.cleanup)
+    assert notes == ["cleanup"]
+
+
+async def test_two_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """The content's comes out, the sender's is logged."""
+    feed = Feed("1")
+
+    async def content() -> Events:
+        try:
+            async with aclosing(feed.events()) as events:
+                async for item in events:
+                    yield item
+        except BaseException as exc:
+            raise ZeroDivisionError from exc
+
+    async def sender() -> None:
+        await feed.waiting.wait()
+        raise LookupError
+
+    with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
+        await Wire().run(SSEResponse(content(), data_sender_callable=sender))
+    assert "LookupError" in caplog.text
