@@ -167,6 +167,8 @@ class EventStream:
                 await self._pump()
             except InvalidEvent as fault:
                 logger.error("%s: the stream ends here: %s", self._ladder.name(), fault, exc_info=fault)
+            except (RequestCancelled, ClientGone):
+                raise
             except Exception:
                 await self._flush()
                 raise
