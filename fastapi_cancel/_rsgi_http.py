@@ -92,28 +92,26 @@ class Exchange:
     async def send(self, message: Message) -> None:
         """The application's ``send``.
 
+        A response that is sent as a whole is taken from whoever does not know yet that the client has left: Starlette
+        sends the 500 of an error before it raises that error again, and would lose it to ours.
+
         :raises ClientGone: the client has left, or wants no body
         :raises RuntimeError: this cannot be sent now
         :raises ValueError: this can never be sent
         """
         kind = message["type"]
-        if kind == "http.response.start":
-            if self._status:
-                raise RuntimeError("http.response.start was sent already")
+        if kind == "http.response.start" and not self._status:
             self._start(message["status"], message.get("headers", ()))
-        elif kind != "http.response.body" or not self._status or self._finished:
-            raise RuntimeError(f"{kind} cannot be sent {self._where()}")
-        elif not self.gone:
+        elif kind == "http.response.body" and self._status and not self._finished:
             body = message.get("body", b"")
             await self._write(body if type(body) is bytes else bytes(body), message.get("more_body", False))
-        if self.gone:
-            self._for_the_log(self._status)
-            raise ClientGone("the client has left")
+        else:
+            raise RuntimeError(f"{kind} cannot be sent {self._where()}")
 
     def _where(self) -> str:
         if self._finished:
             return "after the response"
-        return "within a response" if self._status else "before http.response.start"
+        return "after http.response.start" if self._status else "before http.response.start"
 
     def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         if not 200 <= status <= 999:
@@ -124,8 +122,9 @@ class Exchange:
                 self._length = int(value)
                 break
         else:
-            # The head is not to wait for a body that may take its time; one that comes at once goes with it.
-            self._opening = asyncio.get_running_loop().call_soon(self._open)
+            if not self.gone:
+                # The head is not to wait for a body that may take its time; one that comes at once goes with it.
+                self._opening = asyncio.get_running_loop().call_soon(self._open)
         self._bodyless = self._method == "HEAD" or status in BODYLESS
         self._status = status
         self._head = head
@@ -143,13 +142,15 @@ class Exchange:
         if not self._answered and not more:
             self._whole(body)
             return
-        if not self._answered:
+        if not self._answered and not self.gone:
             self._open()
         self._finished = not more
-        if not self._bodyless:
-            await self._stream(body, more)
-        elif more:
+        if self._bodyless and more:
             raise ClientGone("the client wants the head alone")
+        if not self._bodyless and not self.gone:
+            await self._stream(body, more)
+        if self.gone:
+            raise ClientGone("the client has left")
 
     async def _stream(self, body: bytes, more: bool) -> None:
         self._written += len(body)
@@ -188,17 +189,13 @@ class Exchange:
     def close(self) -> None:
         """The application has ended. Whoever still holds on to ``receive`` is told so."""
         self._end()
-        if self.gone:
-            self._for_the_log(499)
-        elif not self._answered:
-            self._answered = True
-            self._protocol.response_bytes(500, FAILURE, b"Internal Server Error")
-
-    def _for_the_log(self, status: int) -> None:
-        """Granian's access log has the status from here; nothing is sent."""
         if not self._answered:
+            # Nobody receives the first one, but Granian's access log has its status from here.
             self._answered = True
-            self._protocol.response_empty(status, [])
+            if self.gone:
+                self._protocol.response_empty(499, [])
+            else:
+                self._protocol.response_bytes(500, FAILURE, b"Internal Server Error")
 
 
 class _Body:
