@@ -54,6 +54,10 @@ class Backend(ABC):
     def running(self, work: Coroutine[Any, Any, None]) -> AbstractAsyncContextManager[Running]:
         """Run ``work`` beside the block, as a server runs an application: in a task of its own."""
 
+    @abstractmethod
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run ``function`` by itself, for nobody's request."""
+
 
 class Running:
     """Work that runs.
@@ -85,6 +89,7 @@ class AsyncioBackend(Backend):
         self._loop = asyncio.get_running_loop()
         self._before = self._loop.get_task_factory()
         self._ours = self._make
+        self._aside: set[asyncio.Task[None]] = set()
 
     def install(self) -> None:
         self._loop.set_task_factory(self._ours)
@@ -121,6 +126,11 @@ class AsyncioBackend(Backend):
 
     def cancel(self, task: Any) -> None:
         task.cancel()
+
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        task = self._loop.create_task(function(), context=Context())
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     @asynccontextmanager
     async def running(self, work: Coroutine[Any, Any, None]) -> AsyncIterator[Running]:
@@ -163,6 +173,9 @@ class TrioBackend(Backend):
 
     def cancel(self, task: Any) -> None:
         """A Trio task belongs to its nursery: nobody else can."""
+
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        sys.modules["trio"].lowlevel.spawn_system_task(function, context=Context())
 
     @asynccontextmanager
     async def running(self, work: Coroutine[Any, Any, None]) -> AsyncIterator[Running]:

@@ -225,14 +225,14 @@ async def visiting(
                 await _until_over(visit, running, patience)
             visit.judge(running.error)
             group.cancel_scope.cancel()
-        await _settle(record)
+        await settle(record)
         record.look()
         for pool, before in zip(watched, borrowed, strict=True):
             if (more := pools.in_use(pool) - before) > 0:
                 record.blame("not returned", f"{more} of {pools.name(pool)}")
         for task in record.tasks():
             over.backend.cancel(task)
-        await _settle(record)
+        await settle(record)
 
 
 async def _call(app: ASGIApp, visit: Visit) -> None:
@@ -280,7 +280,7 @@ async def _until_over(visit: Visit, running: Running, patience: Patience) -> Non
             break
 
 
-async def _settle(record: Record) -> None:
+async def settle(record: Record) -> None:
     """Let what ends by itself end."""
     for turn in range(TURNS):
         if turn > 2 and not record.tasks():

@@ -32,11 +32,14 @@ from .sites import stack_here
 _HERE = threading.local()
 
 
-def watch() -> Watch:
-    """The watch over the running event loop."""
+def watch(logs: bool = True) -> Watch:
+    """The watch over the running event loop.
+
+    :param logs: whether to hear what is logged
+    """
     here: Watch | None = getattr(_HERE, "watch", None)
     if here is None or not here.records:  # the thread may have another event loop by now
-        here = _HERE.watch = Watch()
+        here = _HERE.watch = Watch(logs)
     return here
 
 
@@ -46,11 +49,12 @@ class Watch:
     :ivar records: of the requests that are watched now
     """
 
-    def __init__(self) -> None:
+    def __init__(self, logs: bool) -> None:
         self.backend = current_backend()
         self.records: list[Record] = []
         self._owners: dict[int, Record] = {}
         self._hooks: Any = None
+        self._logs = logs
         self._handler = _Handler(self)
 
     @contextmanager
@@ -71,13 +75,15 @@ class Watch:
         self.backend.install()
         self._hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(self._iterated, self._abandoned)
-        self._print = sys.unraisablehook
-        sys.unraisablehook = self._unraisable
-        logging.getLogger().addHandler(self._handler)
+        if self._logs:
+            self._print = sys.unraisablehook
+            sys.unraisablehook = self._unraisable
+            logging.getLogger().addHandler(self._handler)
 
     def _remove(self) -> None:
-        logging.getLogger().removeHandler(self._handler)
-        sys.unraisablehook = self._print
+        if self._logs:
+            logging.getLogger().removeHandler(self._handler)
+            sys.unraisablehook = self._print
         sys.set_asyncgen_hooks(*self._hooks)
         self.backend.remove()
 
