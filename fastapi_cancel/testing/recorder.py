@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ class Recorder:
     def __init__(self, app: ASGIApp, file: str | Path) -> None:
         self._app = app
         self._file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._name = secrets.token_hex(4)  # workers share the file
         self._numbers = count(1)
         self._running: dict[str, Record] = {}
 
@@ -42,7 +44,7 @@ class Recorder:
             await self._app(scope, receive, send)
             return
         visit = _Recorded(scope, receive, send)
-        number = f"{os.getpid()}-{next(self._numbers)}"
+        number = f"{self._name}-{next(self._numbers)}"
         open_until_told = ExitStack()
         over = watch(logs=False)
         record = self._running[number] = open_until_told.enter_context(over.record(visit.look))
@@ -66,7 +68,7 @@ class Recorder:
         return {number: told(record.where()) for number, record in self._running.items()}
 
     def _write(self, **news: Any) -> None:
-        os.write(self._file, json.dumps(news).encode() + b"\n")  # one write: workers share the file
+        os.write(self._file, json.dumps(news).encode() + b"\n")  # whole lines, whoever else writes
 
 
 class _Recorded:
