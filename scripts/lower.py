@@ -49,7 +49,7 @@ def install() -> None:
     constraints = VENV / "constraints.txt"
     constraints.write_text("\n".join(newest))
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["-e", f"{ROOT}[sse,redis]", "-r", str(PINS), "-c", str(constraints)]
+    command += ["-e", f"{ROOT}[sse,redis,testing]", "-r", str(PINS), "-c", str(constraints)]
     subprocess.run(command, check=True)
     stamp.write_text(wanted)
 
