@@ -81,8 +81,7 @@ class Ladder(ABC):
     """One request's way from a cause to a finished cleanup.
 
     :param policy: how it ends early
-    :param scope: the ASGI scope, to name the request in the log
-    :ivar scope: that of the request
+    :param scope: the ASGI scope of the request, to name it in the log
     :ivar cause: why the work ends early, once it does
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
