@@ -56,7 +56,7 @@ from ._heart import Pulse, heart_for
 from .events import encode, is_whole
 from .exceptions import ClientGone, InvalidEvent, RequestCancelled
 from .ladder import RUN, Ladder
-from .policy import HERE, Cause
+from .policy import HERE, PARTING, Cause
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -65,7 +65,6 @@ MAX_BYTES = 65536
 MAX_DELAY = 0.002  # seconds between the first of them and the sending
 MAX_BUSY = 0.05  # seconds without a turn of the event loop (C17)
 QUICK = 0.001  # seconds in which the content of a burst yields again
-PARTING = 1.0  # seconds that the farewell may take
 IDLE = 1.0  # seconds until we look again at a stream whose heartbeats were switched off meanwhile
 
 Burst: TypeAlias = tuple[bytes, int, str | None]
