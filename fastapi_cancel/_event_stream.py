@@ -177,7 +177,7 @@ class EventStream:
         except (RequestCancelled, anyio.get_cancelled_exc_class()):
             if self._error is None and self._ladder.cause in HERE:
                 await self._part()
-            if self._error is not None and self._ladder.cause is not None:
+            if self._error is not None and self._ladder.cause is not None and not self._ladder.others_cancel():
                 error, self._error = self._error, None
                 raise error from None
             raise
@@ -275,7 +275,7 @@ class EventStream:
         except ClientGone:
             pass
         except BaseException:
-            if self._ladder.cause is None:  # somebody else's cancellation goes first (C14)
+            if self._ladder.cause is None or self._ladder.others_cancel():  # somebody else's goes first (C14)
                 raise
 
     async def _send_burst(self, burst: Burst, more_body: bool = True) -> None:

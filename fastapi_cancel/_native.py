@@ -65,6 +65,9 @@ class NativeLadder(Ladder):
     def _swallows(self, exc: BaseException) -> bool:
         return isinstance(exc, asyncio.CancelledError) and self._requests > 0 and not self._take_back()
 
+    def others_cancel(self) -> bool:
+        return self._task.cancelling() > self._cancelling + self._requests
+
     def _end(self) -> None:
         super()._end()
         if self._requests:
@@ -102,7 +105,7 @@ class NativeLadder(Ladder):
     def _thrown(self, exc: BaseException) -> None:
         if not self._requests or not isinstance(exc, asyncio.CancelledError):
             return
-        if self._arrived and self.state != FORCE and self._task.cancelling() <= self._cancelling + self._requests:
+        if self._arrived and self.state != FORCE and not self.others_cancel():
             self._requests = 0  # the work has taken ours back itself: this one is somebody else's
         self._arrived = True
 

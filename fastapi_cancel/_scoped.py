@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup
 from starlette.types import Scope
 
 from ._native import NativeLadder
-from .ladder import DUE, RUN, Ladder
+from .ladder import DUE, FORCE, RUN, Ladder
 from .policy import CancelPolicy
 
 
@@ -34,6 +34,9 @@ class ScopedLadder(NativeLadder):
 
     def _take_back(self) -> bool:  # AnyIO does it
         return self._task.cancelling() > self._cancelling
+
+    def others_cancel(self) -> bool:  # by force AnyIO requests it again and again
+        return self.state != FORCE and super().others_cancel()
 
     def _deliver(self) -> bool:
         if (self._task.cancelling() > self._cancelling and not self._insist) or not self._can_take():

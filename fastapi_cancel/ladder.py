@@ -165,6 +165,13 @@ class Ladder(ABC):
         if self._timers:
             self._stop(*self._timers)
 
+    def others_cancel(self) -> bool:
+        """Whether somebody else's cancellation is under way in the work, which no error may replace (C14).
+
+        Never on Trio: a scope further out stays cancelled, whatever is raised.
+        """
+        return False
+
     # -- the work ----------------------------------------------------------------------------
 
     def unwatched(self) -> None:

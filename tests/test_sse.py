@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
 from time import monotonic
 from typing import Any
@@ -1522,3 +1522,52 @@ async def test_two_errors(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ZeroDivisionError), anyio.fail_after(5):
         await Wire().run(SSEResponse(content(), data_sender_callable=sender))
     assert "LookupError" in caplog.text
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("around", [nullcontext, anyio.CancelScope])
+@pytest.mark.parametrize("first", ["cancellation", "error"])
+async def test_the_servers_cancellation_goes_before_an_error_of_the_sender(
+    first: str, around: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """C14: in whatever order they come, in one turn of the event loop. The error is logged."""
+    feed = Feed("1")
+
+    async def sender() -> None:
+        await feed.waiting.wait()
+        if first == "cancellation":
+            running.cancel()
+        else:
+            asyncio.get_running_loop().call_soon(running.cancel)
+        raise ZeroDivisionError
+
+    async def run() -> None:
+        with around():
+            await Wire().run(SSEResponse(feed.events(), data_sender_callable=sender))
+
+    running = asyncio.create_task(run())
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert feed.closed.is_set()
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_servers_cancellation_goes_before_an_error_of_the_content_after_a_cause() -> None:
+    """C14: while what the content yielded before its error goes out, the stream is stopped and the server cancels."""
+    wire = Wire()
+
+    async def content() -> Events:
+        yield "1"
+        yield "2"
+        wire.unblocked = anyio.Event()
+        raise ZeroDivisionError
+
+    response = SSEResponse(content())
+    running = asyncio.create_task(wire.run(response))
+    await asyncio.sleep(0.01)
+    assert response._ladder is not None
+    response._ladder.signal("stop", at_once=True)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
