@@ -1,13 +1,17 @@
-"""The tests with the oldest versions that pyproject.toml promises, which scripts/lower.txt pins."""
+"""The tests with the oldest versions that pyproject.toml promises, which scripts/lower.txt pins.
+
+Not every test on every server: scripts/plugin/one_server.py says which, and why. Arguments go to pytest.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 
 import suites
-from suites import CONSTRAINTS, PYPROJECT, ROOT
+from suites import CONSTRAINTS, PLUGIN, PYPROJECT, ROOT
 
 PINS = ROOT / "scripts" / "lower.txt"
 # An old Starlette's TestClient under an AnyIO of today; everywhere else a warning is an error, as in `make test`.
@@ -17,8 +21,9 @@ TEST_CLIENT = "ignore:The anyio.abc.BlockingPortal alias is deprecated:Deprecati
 def main() -> int:
     check_promises()
     venv = suites.install(".venv-lower", PINS, newest(), "[sse,redis]")
-    command = [str(venv / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", "-W", TEST_CLIENT, *sys.argv[1:]]
-    return subprocess.run(command, cwd=ROOT).returncode
+    command = [str(venv / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", "-p", "one_server"]
+    command += ["-W", TEST_CLIENT, *sys.argv[1:]]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(PLUGIN)}).returncode
 
 
 def check_promises() -> None:
