@@ -83,6 +83,7 @@ class Ladder(ABC):
     :param policy: how it ends early
     :param scope: the ASGI scope of the request, to name it in the log
     :ivar cause: why the work ends early, once it does
+    :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
     :ivar parting: called when the grace is over, before the cancellation
@@ -90,6 +91,7 @@ class Ladder(ABC):
 
     # Defaults live in the class: most requests never change most of them.
     cause: Cause | None = None
+    left = False
     state = RUN
     waits = 0
     watch: Callable[[], bool] | None = None
@@ -115,6 +117,8 @@ class Ladder(ABC):
         :param at_once: without grace, and whatever the policy listens to
         :return: whether this was the one
         """
+        if cause == "disconnect":
+            self.left = True
         if self.state == DONE or not (at_once or cause in self.policy.causes):
             return False
         if self.cause is not None:

@@ -64,7 +64,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
     :param sep: the line ending: CR LF, CR or LF; default CR LF
     :param ping_message_factory: makes the heartbeat, instead of a comment
     :param data_sender_callable: an async callable that runs beside the stream, and ends with it
-    :param client_close_handler_callable: an async callable, run with the ASGI message when the client has left
+    :param client_close_handler_callable: an async callable, run with the ASGI message once the stream has ended,
+        if the client has left before, whatever the cause of the end
     :param shutdown_event: set when the server is told to stop
     :param shutdown_grace_period: seconds that the content may go on after that; 0: the grace of the policy
     :param cleanup_timeout: seconds that a cleanup may take, ``None``: no limit; instead of the policy's
@@ -74,7 +75,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     body_iterator: AsyncContentStream
     _stream: EventStream | None = None
-    _told = False
+    _told_end = _told_close = False
 
     def __init__(
         self,
@@ -226,11 +227,13 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     async def aclose(self) -> None:
         info = self.info
-        if info.cause is not None and not self._told:
-            self._told = True
+        if info.cause is not None and not self._told_end:
+            self._told_end = True
             if self._on_disconnect is not None:
                 self._cleanups.append(partial(self._on_disconnect, info))
-            if self.client_close_handler_callable is not None and info.cause == "disconnect":
+        if self._ladder is not None and self._ladder.left and not self._told_close:
+            self._told_close = True
+            if self.client_close_handler_callable is not None:
                 self._cleanups.append(partial(self.client_close_handler_callable, {"type": "http.disconnect"}))
         await super().aclose()
 

@@ -1571,3 +1571,30 @@ async def test_the_servers_cancellation_goes_before_an_error_of_the_content_afte
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+@pytest.mark.parametrize("policy", [CancelPolicy(grace=60), CancelPolicy(causes={"timeout"})])
+async def test_the_close_handler_is_for_every_client_that_leaves(policy: CancelPolicy) -> None:
+    """In the grace of a shutdown, and also if the stream goes on to its end for nobody."""
+    notes = Notes()
+    feed = Feed("1")
+    response = SSEResponse(feed.events(), client_close_handler_callable=notes.client_close, policy=policy)
+    wire = Wire()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wire.run, response)
+            await wire.until(b"data: 1")
+            assert drain() == 1
+            wire.leave()
+            while response._ladder is None or not response._ladder.left:
+                await anyio.sleep(0.001)
+            feed.put(StopAsyncIteration)
+    assert notes == [{"type": "http.disconnect"}]
+    await response.aclose()
+    assert len(notes) == 1
+
+
+async def test_the_close_handler_is_not_for_a_client_that_stays() -> None:
+    notes = Notes()
+    await drained(SSEResponse(Feed("1").events(), client_close_handler_callable=notes.client_close))
+    assert notes == []
