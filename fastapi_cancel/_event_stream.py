@@ -90,9 +90,10 @@ class StreamInfo:
 
 
 class Source(Protocol):
-    """Whose events these are. ``ping_interval``: seconds, 0 for never."""
+    """Whose events these are. ``ping_interval``: seconds, 0 for never; ``batch``: those that are ready go together."""
 
     sep: str
+    batch: bool
 
     @property
     def body_iterator(self) -> AsyncIterable[object]: ...
@@ -198,6 +199,7 @@ class EventStream:
         """Pull, encode, gather and send, until the content ends."""
         ladder, gathered, sep = self._ladder, self._gathered, self._source.sep
         items = Ahead(self._source.body_iterator)
+        quick = QUICK if self._source.batch else -1.0  # nothing is as quick
         size = 0
         last = flushed = turned = monotonic()
         while True:
@@ -222,7 +224,7 @@ class EventStream:
                 if id is not None:
                     self._gathered_id = id
             # Alone after a wait, or after slow work of the content: at once. In a burst: together.
-            if waited or now - last > QUICK or now - flushed > MAX_DELAY or size > MAX_BYTES:
+            if waited or now - last > quick or now - flushed > MAX_DELAY or size > MAX_BYTES:
                 if gathered:
                     await self._put()
                     size = 0

@@ -186,6 +186,7 @@ async def test_headers() -> None:
         ({"on_disconnect": print}, TypeError, "on_disconnect must be an async callable"),
         ({"cleanup": print}, TypeError, "cleanup must be async callables"),
         ({"policy": 5}, TypeError, "policy must be a CancelPolicy"),
+        ({"batch": 1}, TypeError, "batch must be True or False, not 1"),
         ({"ping_message_factory": 5}, TypeError, "ping_message_factory must be callable"),
         ({"data_sender_callable": 5}, TypeError, "data_sender_callable must be callable"),
         ({"client_close_handler_callable": 5}, TypeError, "client_close_handler_callable must be callable"),
@@ -1598,3 +1599,20 @@ async def test_the_close_handler_is_not_for_a_client_that_stays() -> None:
     notes = Notes()
     await drained(SSEResponse(Feed("1").events(), client_close_handler_callable=notes.client_close))
     assert notes == []
+
+
+async def test_events_that_are_ready_may_go_out_one_by_one() -> None:
+    """Each is sent before the generator goes on, after a wait as well as in a burst."""
+    wire = Wire()
+    sent: list[bytes] = []
+
+    async def content() -> Events:
+        for number in range(6):
+            if number == 3:
+                await anyio.sleep(0.001)
+            yield number
+            sent.append(wire.bodies[-1])
+
+    await wire.run(SSEResponse(content(), batch=False))
+    assert sent == [b"data: %d\r\n\r\n" % number for number in range(6)]
+    assert wire.body == b"".join(sent)
