@@ -160,8 +160,11 @@ class Ladder(ABC):
         Called before raising, by whoever raises. Has no effect outside the work's own task.
         """
         if self.cause is not None and self.state <= DUE and self.in_host():
-            grace = self.policy.grace if self.state == RUN else 0
-            self._interrupted(self.policy.cleanup_timeout + grace)
+            self._settle()
+
+    def _settle(self) -> None:
+        grace = self.policy.grace if self.state == RUN else 0
+        self._interrupted(self.policy.cleanup_timeout + grace)
 
     def complete(self) -> None:
         """The response is out: what the client does from here on is its own affair."""
@@ -332,6 +335,10 @@ class Ladder(ABC):
     @abstractmethod
     def in_host(self) -> bool:
         """Whether the calling task is the one that runs the work."""
+
+    @abstractmethod
+    def settle_from_thread(self) -> None:
+        """``settle``, before raising in a thread. Has no effect unless the work itself waits for that thread."""
 
     @abstractmethod
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
