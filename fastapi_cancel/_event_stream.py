@@ -49,7 +49,7 @@ from time import monotonic
 from typing import Protocol, TypeAlias
 
 import anyio
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from ._ahead import Ahead
 from ._heart import Pulse, heart_for
@@ -187,6 +187,11 @@ class EventStream:
                 self._pulse.stop()
             if self._error is not None:
                 logger.error("%s: something beside the stream failed", self._ladder.name(), exc_info=self._error)
+
+    def let_go(self) -> None:
+        """It is over: only ``info`` is left. The source, and a channel that holds it, are to be freed at once."""
+        del self._source
+        self._send = _nowhere  # a helper may still be on its way
 
     def fail(self, error: Exception) -> None:
         """Have the stream end at once with an error that somebody beside it met."""
@@ -364,3 +369,7 @@ class EventStream:
         except Exception:
             logger.exception("%s: the farewell failed", ladder.name())
             return b""
+
+
+async def _nowhere(message: Message) -> None:
+    raise ClientGone("the stream has ended")

@@ -217,8 +217,11 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
                 await stream.run()
         finally:
             self.active = False
-            if sender is not None:
-                await sender.end(at_once=True)
+            try:
+                if sender is not None:
+                    await sender.end(at_once=True)
+            finally:
+                stream.let_go()
 
     def _start(self) -> Message:
         return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}

@@ -1616,3 +1616,57 @@ async def test_events_that_are_ready_may_go_out_one_by_one() -> None:
     await wire.run(SSEResponse(content(), batch=False))
     assert sent == [b"data: %d\r\n\r\n" % number for number in range(6)]
     assert wire.body == b"".join(sent)
+
+
+@pytest.mark.parametrize("sender", [False, True])
+@pytest.mark.parametrize("end", ["finish", "leave", "drain", "leave_before_start"])
+async def test_an_event_stream_leaves_no_reference_cycle(end: str, sender: bool) -> None:
+    """It is freed at its end, not when the garbage collector comes."""
+    wire = Wire(raises=end == "leave_before_start")
+    finish = anyio.Event()
+    ends = {"finish": finish.set, "leave": wire.leave, "drain": drain}
+    freed = anyio.Event()
+
+    async def content() -> Events:
+        yield "1"
+        await finish.wait()
+
+    async def run() -> None:
+        response = SSEResponse(content(), heartbeat=0.01, data_sender_callable=anyio.sleep_forever if sender else None)
+        weakref.finalize(response, freed.set)
+        await wire.run(response)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as group:
+                if end == "leave_before_start":
+                    wire.leave()
+                group.start_soon(run)
+                if end in ends:
+                    await wire.until(b"data: 1", b": ping")
+                    ends[end]()
+        assert freed.is_set()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_heartbeat_that_begins_when_all_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    """Made while the client leaves, to be sent two turns later: the cleanup is running by then."""
+
+    def beat() -> str:
+        assert response._ladder is not None
+        response._ladder.signal("disconnect")
+        return "beat"
+
+    async def cleanup() -> None:
+        await anyio.sleep(0.01)
+
+    wire = Wire()
+    response = SSEResponse(Feed("1").events(), heartbeat=0.01, ping_message_factory=beat, cleanup=cleanup)
+    with anyio.fail_after(5):
+        await wire.run(response)
+    assert wire.body == b"data: 1\r\n\r\n"
+    assert caplog.records == []
