@@ -30,8 +30,10 @@ class Connection:
     :ivar left: when the client has left, by the event loop's clock
     :ivar heard: whether anybody has read http.disconnect, or was raised an :class:`OSError`, since
     :ivar stolen: the stacks of two that read the body at once
+    :ivar peeked: the stack of a ``Request.is_disconnected`` that has taken a piece of it
     :ivar cuts_at: bytes of the request's body, of which a piece that goes beyond is cut in two
     :ivar stalls_at: a chunk that the client does not read
+    :ivar body_complete: whether the application has read the whole of the request's body
     :ivar upload_complete: whether the client has sent the whole of its body
     """
 
@@ -47,11 +49,12 @@ class Connection:
         self.left: float | None = None
         self.heard = False
         self.stolen: tuple[Stack, Stack] | None = None
+        self.peeked: Stack | None = None
         self.cuts_at: int | None = None
         self.stalls_at: int | None = None
         self.upload_complete = True
         self._pieces = deque(body)
-        self._body_complete = self._started = self._stalled = self._told = False
+        self.body_complete = self._started = self._stalled = self._told = False
         self._readers: dict[int, Stack] = {}
         self._takers: set[int] = set()
         self._changed: Any = None
@@ -109,20 +112,26 @@ class Connection:
     def _check_readers(self, reader: int) -> None:
         """Two at once: one of them gets a piece of the body that the other wanted."""
         for other, stack in self._readers.items():
-            if other != reader and (not self._body_complete or other in self._takers) and self.stolen is None:
+            if other != reader and (not self.body_complete or other in self._takers) and self.stolen is None:
                 self.stolen = (stack, stack_here())
 
+    def _check_peek(self, stack: Stack) -> None:
+        """Starlette drops whatever message it meets."""
+        if any(site.package == "starlette" and site.function == "Request.is_disconnected" for site in stack):
+            self.peeked = stack
+
     async def _next_message(self, reader: int) -> Message:
-        if self.uploaded and not self._body_complete:
+        if self.uploaded and not self.body_complete:
             await checkpoint()  # a first piece comes with the headers, a later one does not
         while True:
             if self.left is not None and (not self._told or self.habits.again):
                 self._told = self.heard = True
                 return {"type": "http.disconnect"}
-            if self.left is None and not self._body_complete and (self._pieces or self.upload_complete):
+            if self.left is None and not self.body_complete and (self._pieces or self.upload_complete):
                 message = self._piece()
                 if message["body"]:
                     self._takers.add(reader)
+                    self._check_peek(self._readers[reader])
                 self.look()
                 return message
             if self.left is None and self.completed and self.habits.after_completion == "http.disconnect":
@@ -133,8 +142,8 @@ class Connection:
         piece = self._pieces.popleft() if self._pieces else b""
         cut = len(piece) if self.cuts_at is None else self.cuts_at - self.uploaded
         self.uploaded += len(piece[:cut])
-        self._body_complete = self.upload_complete and not self._pieces and len(piece) <= cut
-        return {"type": "http.request", "body": piece[:cut], "more_body": not self._body_complete}
+        self.body_complete = self.upload_complete and not self._pieces and len(piece) <= cut
+        return {"type": "http.request", "body": piece[:cut], "more_body": not self.body_complete}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body" and message.get("body") and self.habits.back_pressure:

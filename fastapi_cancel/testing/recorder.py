@@ -65,7 +65,7 @@ class Recorder:
 
     def running(self) -> dict[str, str]:
         """Where each request that is not over waits."""
-        return {number: told(record.where()) for number, record in self._running.items()}
+        return {number: record.everywhere() for number, record in self._running.items()}
 
     def _write(self, **news: Any) -> None:
         os.write(self._file, json.dumps(news).encode() + b"\n")  # whole lines, whoever else writes

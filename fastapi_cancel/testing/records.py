@@ -88,6 +88,15 @@ class Record:
         """Where the request itself waits."""
         return stack_of_waiting(self._work)
 
+    def stacks(self) -> list[Stack]:
+        """Likewise, and each of its tasks."""
+        return [self.where(), *(stack_of_waiting(each.work) for each in self.tasks().values())]
+
+    def everywhere(self) -> str:
+        """Where it and its tasks wait in the user's own code, to be read by a person."""
+        stacks = self.stacks()
+        return "\n  and at\n".join(map(told, [stack for stack in stacks if own(stack) is not None] or stacks[:1]))
+
     def blame(self, kind: Kind, text: str) -> None:
         if (fault := Fault(kind, text)) not in self.faults:
             self.faults.append(fault)

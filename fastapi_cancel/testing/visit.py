@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import anyio
@@ -34,6 +34,9 @@ LOOKS = 20
 """At such work before it is blamed, however slow the machine."""
 
 
+READ = Channel.receive.__qualname__
+
+
 class NeverCame(AssertionError):
     """The visit was over before the moment for which its client waited."""
 
@@ -45,6 +48,7 @@ class Visit(Connection):
     :ivar lasted: seconds that the application went on for once the client had left
     :ivar left_at: where the work waited when the client left
     :ivar over: whether the application has returned
+    :ivar cancelled: whether the server has cancelled it
     """
 
     def __init__(self, scope: Scope, body: Iterable[bytes], habits: Habits) -> None:
@@ -57,7 +61,7 @@ class Visit(Connection):
         self._record: Record
         self._arranged: list[tuple[Moment, Callable[[], object]]] = []
         self._channel: Channel | None = None
-        self._interruptions = 0
+        self.cancelled = False
         self._news: anyio.Event | None = None
 
     def __repr__(self) -> str:
@@ -75,8 +79,8 @@ class Visit(Connection):
 
     @property
     def where(self) -> str:
-        """Where it waits now."""
-        return told(self._record.where())
+        """Where it waits now, in all its tasks: behind a ``BaseHTTPMiddleware`` the handler is in another one."""
+        return self._record.everywhere()
 
     def assert_clean(self) -> None:
         """The work ended when its client had left, cleaned up, and neither left nor said anything.
@@ -134,6 +138,8 @@ class Visit(Connection):
         if self.stolen is not None:
             first, second = self.stolen
             self.blame("body stolen", f"two readers at once, at\n{told(first)}\n  and at\n{told(second)}")
+        if self.peeked is not None:
+            self.blame("body stolen", f"is_disconnected() has taken a piece of it, at\n{told(self.peeked)}")
 
     def blame(self, kind: Kind, text: str) -> None:
         self._record.blame(kind, text)
@@ -147,6 +153,8 @@ class Visit(Connection):
     def look(self) -> None:
         """Something has happened, on the connection or in the work."""
         self._channel = channel_of(self.scope) or self._channel
+        if self._channel is not None and self.stolen is None and not self.body_complete:
+            self._check_channel()
         for arranged in list(self._arranged):
             moment, action = arranged
             if moment.reached(self) and arranged in self._arranged:
@@ -156,6 +164,12 @@ class Visit(Connection):
             self._news.set()
             self._news = None
 
+    def _check_channel(self) -> None:
+        """On a protected route, it is the channel that two tasks read at once."""
+        readers = [stack for stack in self._record.stacks() if any(site.function == READ for site in stack)]
+        if len(readers) > 1:
+            self.stolen = (readers[0], readers[1])
+
     @property
     def cause(self) -> Cause | None:
         """Why the library ended the work, if it did."""
@@ -164,13 +178,12 @@ class Visit(Connection):
     def leave(self) -> None:
         """The client goes away."""
         if self.left is None:
-            self._interruptions = self._record.interruptions
             self.left_at = stack_of_waiting(self._record.suspended_in)
         super().leave()
 
     def was_told(self) -> bool:
         """Whether the work knows that the client has left."""
-        return self.heard or self.cause is not None or self._record.interruptions > self._interruptions
+        return self.heard or self.cause is not None or self.cancelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +279,9 @@ async def _until_over(visit: Visit, running: Running, patience: Patience) -> Non
             continue
         looks += 1
         cancels_after = visit.habits.cancels_after
-        if cancels_after is not None and now - visit.left > cancels_after:
+        if cancels_after is not None and not visit.cancelled and now - visit.left > cancels_after:
+            visit.cancelled = True
             running.cancel()
-            visit.habits = replace(visit.habits, cancels_after=None)
         elif visit.was_told():
             if now - visit.left > patience.cleanup:
                 visit.blame(
