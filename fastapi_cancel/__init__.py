@@ -3,16 +3,17 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
-from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
-from .responses import CancellableFileResponse, CancellableStreamingResponse
-from .routing import CancellableRoute
-from .shutdown import drain
-from .token import CancelToken, Token, get_cancel_token
-
 if TYPE_CHECKING:
     from .events import JSONServerSentEvent, LastEventID, ServerSentEvent, get_last_event_id
+    from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
+    from .listening import limit_silence, listening_socket
+    from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
+    from .responses import CancellableFileResponse, CancellableStreamingResponse
+    from .routing import CancellableRoute
+    from .rsgi import RSGI
+    from .shutdown import drain
     from .sse import SSEResponse, StreamInfo
+    from .token import CancelToken, Token, get_cancel_token
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "JSONServerSentEvent",
     "LastEventID",
     "NotCancellable",
+    "RSGI",
     "RequestCancelled",
     "SSEResponse",
     "ServerSentEvent",
@@ -38,27 +40,49 @@ __all__ = [
     "drain",
     "get_cancel_token",
     "get_last_event_id",
+    "limit_silence",
+    "listening_socket",
     "never_cancel",
 ]
 
-_SSE = {
+_WHERE = {
+    "CancelError": "exceptions",
+    "CancelPolicy": "policy",
+    "CancelToken": "token",
+    "CancellableFileResponse": "responses",
+    "CancellableRoute": "routing",
+    "CancellableStreamingResponse": "responses",
+    "Cause": "policy",
+    "ClientGone": "exceptions",
+    "InvalidEvent": "exceptions",
     "JSONServerSentEvent": "events",
     "LastEventID": "events",
+    "NotCancellable": "exceptions",
+    "RSGI": "rsgi",
+    "RequestCancelled": "exceptions",
     "SSEResponse": "sse",
     "ServerSentEvent": "events",
     "StreamInfo": "sse",
+    "Token": "token",
+    "cancel_policy": "policy",
+    "drain": "shutdown",
+    "get_cancel_token": "token",
     "get_last_event_id": "events",
+    "limit_silence": "listening",
+    "listening_socket": "listening",
+    "never_cancel": "policy",
 }
-"""What needs sse-starlette, an extra: imported when asked for."""
+"""Imported when asked for: pytest imports the package in every run for its plugin, and sse-starlette is an extra."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _SSE:
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = import_module(f".{_SSE[name]}", __name__)
+        module = import_module(f".{_WHERE[name]}", __name__)
     except ModuleNotFoundError as exc:
         if exc.name is None or exc.name.partition(".")[0] != "sse_starlette":
             raise
         raise ImportError(f"{name} needs sse-starlette: pip install 'fastapi-cancel[sse]'") from exc
-    return getattr(module, name)
+    globals()[name] = found = getattr(module, name)
+    return found

@@ -15,6 +15,15 @@ DEADLINE = 20.0  # seconds: for what must happen; reached only by a bug
 SERVERS = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
 
 Start = Callable[..., LiveServer]
+NOT_TESTED = "NOT TESTED HERE:"
+"""How the reason begins of a test that is skipped for want of something that `make test` cannot provide."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Such a reason is shown by itself, however pytest is run."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    for reason in dict.fromkeys(reason for reason in reasons if NOT_TESTED in reason):
+        terminalreporter.write_sep("!", reason.removeprefix("Skipped: "), red=True, bold=True)
 
 
 def fresh(server: LiveServer) -> LiveServer:

@@ -19,10 +19,12 @@ from typing import Any
 import anyio
 import pytest
 
+from fastapi_cancel.rsgi import RSGI
 from fastapi_cancel.testing import live as live_module
-from fastapi_cancel.testing._probe import APP, READY, TOKEN, Probe, load
+from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
 from fastapi_cancel.testing.live import LiveServer, LiveServerError, free_port
+from fastapi_cancel.testing.recorder import Recorder
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
@@ -54,7 +56,7 @@ class nested:
     app = app
 """
 ONE_OF_EACH = ["uvicorn", "gunicorn", "hypercorn", "granian", "daphne"]
-WITH_WORKERS = ["uvicorn", "gunicorn", "gunicorn-uvicorn", "hypercorn", "granian"]
+WITH_WORKERS = ["uvicorn", "gunicorn", "gunicorn-uvicorn", "hypercorn", "granian", "granian-rsgi"]
 BY_SIGNAL = ["uvicorn", "uvicorn-h11", "uvicorn-uvloop"]  # they raise the signal again when they have ended
 
 Write = Callable[..., str]
@@ -83,7 +85,7 @@ def ended(pid: int) -> None:
 # -- its life ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("server", [name for name in SERVERS if name != "granian-rsgi"])
+@pytest.mark.parametrize("server", SERVERS)
 def test_every_server(server: str, write: Write) -> None:
     """It answers, in its folder and environment; has nothing to complain about; and ends when it is told to."""
     with LiveServer(f"{write()}:app", server, env={"NAME": "value"}) as live:
@@ -499,22 +501,24 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_the_probe_answers_for_itself_alone() -> None:
-    probe = Probe(echo, "token")
-    for path, body in [(READY, b"token"), ("/root" + READY, b"token"), ("/other", b"/other")]:
+async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
+    probe = Probe(Recorder(echo, tmp_path / "visits"), "token")
+    answers = {READY: b"token", "/root" + READY: b"token", RUNNING: b"{}", "/other": b"/other"}
+    for path, body in answers.items():
         connection = Connection(path)
         await connection.run(probe)
         assert (connection.status, connection.body) == (200, body)
 
 
 @pytest.mark.anyio
-async def test_the_probe_passes_on_what_is_no_request() -> None:
+async def test_the_probe_passes_on_what_is_no_request(tmp_path: Path) -> None:
     scopes: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         scopes.append(scope)
 
-    await Probe(app, "token")({"type": "lifespan"}, anyio.sleep_forever, anyio.sleep)  # type: ignore[arg-type]
+    probe = Probe(Recorder(app, tmp_path / "visits"), "token")
+    await probe({"type": "lifespan"}, anyio.sleep_forever, anyio.sleep)  # type: ignore[arg-type]
     assert scopes == [{"type": "lifespan"}]
 
 
@@ -525,17 +529,13 @@ def test_loading(write: Write) -> None:
         load("no_such_module:app")
 
 
-def test_what_is_served(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
-    monkeypatch.setenv(APP, f"{write()}:app")
-    monkeypatch.setenv(TOKEN, "token")
+def test_what_is_served(monkeypatch: pytest.MonkeyPatch, write: Write, tmp_path: Path) -> None:
+    for name, value in {APP: f"{write()}:app", TOKEN: "token", VISITS: str(tmp_path / "visits")}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delitem(sys.modules, "fastapi_cancel.testing.served", raising=False)
-    rsgi = ModuleType("fastapi_cancel.rsgi")
-    rsgi.__dict__["RSGI"] = lambda app: ("RSGI", app)
-    monkeypatch.setitem(sys.modules, "fastapi_cancel.rsgi", rsgi)
     served = import_module("fastapi_cancel.testing.served")
     assert isinstance(served.app, Probe)
-    assert served.app.app is load(f"{write()}:app")
-    assert served.rsgi_application == ("RSGI", served.app)
+    assert isinstance(served.rsgi_application, RSGI)
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
         _ = served.other
     monkeypatch.delitem(sys.modules, "fastapi_cancel.testing.served")

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 from importlib import import_module
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .recorder import Recorder
+
 APP = "FASTAPI_CANCEL_APP"
 """The variable of the environment that says which application: ``module:attribute``."""
 TOKEN = "FASTAPI_CANCEL_TOKEN"
 """The one with what to answer on ``READY``, so that no other server is taken for this one."""
+VISITS = "FASTAPI_CANCEL_VISITS"
+"""And the one with the file in which to record the requests."""
 READY = "/.fastapi-cancel/ready"
+RUNNING = "/.fastapi-cancel/running"
 
 
 class Probe:
-    """Answers on ``READY`` itself, so that being asked costs the application nothing; passes on all else.
+    """Answers on ``READY`` and ``RUNNING`` itself, so that being asked costs the application nothing.
 
-    :param app: the application
-    :param token: the answer
+    :param app: the application, recorded
+    :param token: the answer on ``READY``
     """
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    def __init__(self, app: Recorder, token: str) -> None:
         self.app = app
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].endswith(READY):  # a root path may come before it
-            headers = [(b"content-length", b"%d" % len(self._token))]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": self._token})
+        path = scope["path"] if scope["type"] == "http" else ""
+        if path.endswith(READY):  # a root path may come before it
+            await _answer(self._token, send)
+        elif path.endswith(RUNNING):
+            await _answer(json.dumps(self.app.running()).encode(), send)
         else:
             await self.app(scope, receive, send)
+
+
+async def _answer(body: bytes, send: Send) -> None:
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def load(target: str) -> ASGIApp:

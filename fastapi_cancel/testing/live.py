@@ -18,8 +18,9 @@ from signal import SIGKILL, SIGTERM
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ._probe import APP, READY, TOKEN
+from ._probe import APP, READY, RUNNING, TOKEN, VISITS
 from ._target import target_of
+from .recorder import ServedVisit, read_visits
 from .servers import find_server
 from .sockets import Headers, RawClient
 
@@ -105,7 +106,7 @@ class LiveServer:
         self._access_log = access_log
         self._token = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
-        self._mark = 0
+        self._mark = self._visits_mark = 0
         self._last_log = b""
 
     # -- its life --------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ class LiveServer:
         """
         self._directory = tempfile.TemporaryDirectory(prefix="fastapi-cancel-")
         self._log = Path(self._directory.name, "log")
+        self._visits = Path(self._directory.name, "visits")
+        self._visits.touch()
         try:
             for _ in range(ATTEMPTS):
                 self.port = free_port()
@@ -139,6 +142,7 @@ class LiveServer:
             "PYTHONUNBUFFERED": "1",
             APP: self._target,
             TOKEN: self._token,
+            VISITS: str(self._visits),
         }
         self._mark = 0
         with self._log.open("wb") as log:
@@ -246,8 +250,9 @@ class LiveServer:
         return self._text(self._mark)
 
     def mark(self) -> None:
-        """Forget what has been logged so far, but for the line that is being written."""
+        """Forget the requests so far, and what has been logged, but for the line that is being written."""
         self._mark = self._bytes().rfind(b"\n") + 1
+        self._visits_mark = len(read_visits(self._visits))
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Wait until the log has ``text`` in it, so many times.
@@ -279,6 +284,48 @@ class LiveServer:
             return self._log.read_bytes()
         except FileNotFoundError:
             return self._last_log
+
+    # -- its requests ----------------------------------------------------------------------------
+
+    @property
+    def visits(self) -> list[ServedVisit]:
+        """What became of each request since the last :meth:`mark`, in the order in which they began.
+
+        With ``probe=False`` nobody has looked.
+        """
+        return read_visits(self._visits)[self._visits_mark :]
+
+    def wait_until_over(self, count: int = 0) -> list[ServedVisit]:
+        """Wait until no request runs.
+
+        :param count: of requests that must have been there at least
+        :return: all of them
+        :raises AssertionError: some go on: the message says where they wait; or there were fewer
+        """
+        end = time.monotonic() + self.deadline
+        while True:
+            visits = self.visits
+            going_on = [visit for visit in visits if visit.ended is None]
+            if not going_on and len(visits) >= count:
+                return visits
+            if time.monotonic() > end:
+                break
+            time.sleep(LOOK)
+        where = self.json(RUNNING)  # with several workers, of one of them
+        told = [f"{visit}, went on at\n{where.get(visit.id, '    another worker')}" for visit in going_on]
+        raise AssertionError("\n".join([f"{len(visits)} requests, {len(going_on)} not over", *told]))
+
+    def assert_clean(self, count: int = 0, but: Sequence[str] = ()) -> None:
+        """Every request has ended, cleaned up and left nothing; the log has nothing that a person would look at.
+
+        :param count: of requests that must have been there at least
+        :param but: regular expressions of what may be in the log
+        :raises AssertionError: names each fault, with the line to look at
+        """
+        __tracebackhide__ = True
+        told = [f"{visit}: {fault}" for visit in self.wait_until_over(count) for fault in visit.faults]
+        if told := [*told, *(f"logged: {line}" for line in self.complaints(*but))]:
+            raise AssertionError("\n".join([f"{self.name}:", *told]))
 
     # -- its clients -----------------------------------------------------------------------------
 

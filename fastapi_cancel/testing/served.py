@@ -6,9 +6,10 @@ import os
 from importlib import import_module
 from typing import Any
 
-from ._probe import APP, TOKEN, Probe, load
+from ._probe import APP, TOKEN, VISITS, Probe, load
+from .recorder import Recorder
 
-app = Probe(load(os.environ[APP]), os.environ[TOKEN])
+app = Probe(Recorder(load(os.environ[APP]), os.environ[VISITS]), os.environ[TOKEN])
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,124 @@
+"""The watch over an event loop: what happens in it is noted, for the request that it happens for.
+
+Theory of operation
+===================
+
+A context variable names the :class:`.records.Record` of a request; whatever the request starts inherits it. While
+somebody watches, these are ours, and each hands on to what was there before:
+
+- *how tasks are made* (asyncio's task factory, an instrument of Trio's): a task of a record's is noted with the
+  stack that made it, and stepped by hand as the request itself is;
+- *the hooks for asynchronous generators*: each is noted when it is first iterated, and again if nobody has closed it
+  when the garbage collector gets it;
+- *the root logger*, and what Python can only print (``sys.unraisablehook``).
+
+There is one watch a thread, however many requests are watched in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .backends import current_backend
+from .records import CURRENT, Record
+from .sites import stack_here
+
+_HERE = threading.local()
+
+
+def watch(logs: bool = True) -> Watch:
+    """The watch over the running event loop.
+
+    :param logs: whether to hear what is logged
+    """
+    here: Watch | None = getattr(_HERE, "watch", None)
+    if here is None or not here.records:  # the thread may have another event loop by now
+        here = _HERE.watch = Watch(logs)
+    return here
+
+
+class Watch:
+    """Over one event loop.
+
+    :ivar records: of the requests that are watched now
+    """
+
+    def __init__(self, logs: bool) -> None:
+        self.backend = current_backend()
+        self.records: list[Record] = []
+        self._owners: dict[int, Record] = {}
+        self._hooks: Any = None
+        self._logs = logs
+        self._handler = _Handler(self)
+
+    @contextmanager
+    def record(self, on_suspension: Callable[[], object] | None = None) -> Iterator[Record]:
+        """Watch one request."""
+        record = Record(self.backend, on_suspension)
+        if not self.records:
+            self._install()
+        self.records.append(record)
+        try:
+            yield record
+        finally:
+            self.records.remove(record)
+            if not self.records:
+                self._remove()
+
+    def _install(self) -> None:
+        self.backend.install()
+        self._hooks = sys.get_asyncgen_hooks()
+        sys.set_asyncgen_hooks(self._iterated, self._abandoned)
+        if self._logs:
+            self._print = sys.unraisablehook
+            sys.unraisablehook = self._unraisable
+            logging.getLogger().addHandler(self._handler)
+
+    def _remove(self) -> None:
+        if self._logs:
+            logging.getLogger().removeHandler(self._handler)
+            sys.unraisablehook = self._print
+        sys.set_asyncgen_hooks(*self._hooks)
+        self.backend.remove()
+
+    def _iterated(self, generator: Any) -> None:
+        record = CURRENT.get()
+        if record is not None:
+            self._owners[id(generator)] = record
+            record.iterated(generator, stack_here())
+        else:
+            self._owners.pop(id(generator), None)  # the id of one that is gone
+        if self._hooks.firstiter is not None:
+            self._hooks.firstiter(generator)
+
+    def _abandoned(self, generator: Any) -> None:
+        if (record := self._owners.pop(id(generator), None)) is not None:
+            record.abandoned(generator)
+        if self._hooks.finalizer is not None:
+            self._hooks.finalizer(generator)
+
+    def _unraisable(self, unraisable: Any) -> None:
+        self.logged(f"{unraisable.err_msg or 'Exception ignored in'} {unraisable.object!r}: {unraisable.exc_value!r}")
+        self._print(unraisable)
+
+    def logged(self, line: str) -> None:
+        """Somebody has said something: for the request in whose context it was, else for all."""
+        record = CURRENT.get()
+        for each in self.records if record is None else [record]:
+            each.blame("logged", line)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(logging.WARNING)
+        self._watch = weakref.proxy(watch)
+        self.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._watch.logged(self.format(record))

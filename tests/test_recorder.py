@@ -1,0 +1,144 @@
+"""What becomes of the requests to a real server, as its own process writes it down. Here in process."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import anyio
+import pytest
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
+
+from fastapi_cancel import CancellableRoute
+from fastapi_cancel.testing import LeavingClient, after_start, at_wait
+from fastapi_cancel.testing.recorder import Recorder, ServedVisit, read_visits
+
+pytestmark = pytest.mark.anyio
+
+app = FastAPI()
+app.router.route_class = CancellableRoute
+
+
+@app.get("/hello")
+async def hello() -> str:
+    return "hello"
+
+
+@app.get("/work")
+async def work() -> None:
+    await anyio.sleep_forever()
+
+
+@app.get("/broken")
+async def broken() -> None:
+    raise ValueError("broken")
+
+
+@app.get("/forgotten")
+async def forgotten() -> str:
+    tasks.add(asyncio.create_task(asyncio.sleep(60), name="forgotten"))
+    return "started"
+
+
+tasks: set[asyncio.Task[None]] = set()
+
+
+async def visits_of(recorder: Recorder, file: Path, count: int = 1) -> list[ServedVisit]:
+    """Wait until so many are over."""
+    with anyio.fail_after(5):
+        while True:
+            visits = read_visits(file)
+            if len(visits) == count and all(visit.ended is not None for visit in visits):
+                assert recorder.running() == {}
+                return visits
+            await anyio.sleep(0.001)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "visits"
+
+
+async def test_a_request_that_was_answered(file: Path) -> None:
+    recorder = Recorder(app, file)
+    await LeavingClient(recorder).get("/hello")
+    (visit,) = await visits_of(recorder, file)
+    assert str(visit) == "GET /hello 200"
+    assert visit.ended is not None and visit.ended >= visit.began
+    assert (visit.left, visit.cause, visit.error, visit.faults) == (None, None, None, [])
+
+
+async def test_a_request_whose_client_left(file: Path) -> None:
+    recorder = Recorder(app, file)
+    async with LeavingClient(recorder).visit("GET", "/work") as running:
+        await running.until(at_wait(1))
+        (where,) = recorder.running().values()
+        assert "in work" in where
+        assert read_visits(file)[0].ended is None
+        running.leave()
+    (visit,) = await visits_of(recorder, file)
+    assert (visit.status, visit.cause, visit.faults) == (499, "disconnect", [])
+    assert visit.left is not None and visit.ended is not None and visit.began <= visit.left <= visit.ended
+
+
+async def test_an_error_that_reached_the_server(file: Path) -> None:
+    recorder = Recorder(app, file)
+    await LeavingClient(recorder).get("/broken")
+    (visit,) = await visits_of(recorder, file)
+    assert visit.status == 500
+    assert visit.error is not None and visit.error.startswith("ValueError('broken')") and "in broken" in visit.error
+    assert [fault.kind for fault in visit.faults] == ["error"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_it_left_behind(file: Path) -> None:
+    recorder = Recorder(app, file)
+    await LeavingClient(recorder).get("/forgotten")
+    (visit,) = await visits_of(recorder, file)
+    (fault,) = visit.faults
+    assert fault.kind == "task left" and "in forgotten" in fault.text
+
+
+async def test_requests_of_several_workers_share_the_file(file: Path) -> None:
+    first, second = Recorder(app, file), Recorder(app, file)
+    await LeavingClient(first).get("/hello")
+    await LeavingClient(second).get("/hello")
+    await LeavingClient(first).get("/work", leave=at_wait(1))
+    assert [visit.path for visit in await visits_of(first, file, 3)] == ["/hello", "/hello", "/work"]
+
+
+async def test_a_client_that_leaves_a_complete_response_has_not_left(file: Path) -> None:
+    async def curious(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"all", "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    recorder = Recorder(curious, file)
+    await LeavingClient(recorder).get("/")
+    (visit,) = await visits_of(recorder, file)
+    assert visit.left is None
+
+
+async def test_other_scopes_pass(file: Path) -> None:
+    recorder = Recorder(app, file)
+    async with LeavingClient(recorder):
+        pass
+    assert file.read_text() == ""
+
+
+async def test_a_native_cancellation_is_no_error(file: Path) -> None:
+    async def cancelled(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with anyio.CancelScope() as scope_of_its_own:
+            scope_of_its_own.cancel()
+            await anyio.sleep(1)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    recorder = Recorder(cancelled, file)
+    await LeavingClient(recorder).get("/", leave=after_start())
+    (visit,) = await visits_of(recorder, file)
+    assert visit.error is None and visit.left is not None
