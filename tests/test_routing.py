@@ -69,6 +69,25 @@ async def test_a_client_gone_while_nothing_was_sent_is_answered_with_499() -> No
     assert statuses == [499]
 
 
+async def test_a_server_that_never_takes_the_499_is_not_waited_for() -> None:
+    """C13: Hypercorn, over HTTP/2: the last `send` on a connection that is gone does not return."""
+    connection, started = Connection(), anyio.Event()
+
+    async def endpoint() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    app = serve(endpoint)
+
+    async def never_returning(scope: Any, receive: Any, send: Any) -> None:
+        async def never_return(message: Any) -> None:
+            await anyio.sleep_forever()
+
+        await app(scope, receive, never_return)
+
+    await run_until_left(connection, never_returning, started)
+
+
 @pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 503), ("shutdown", 503)])
 async def test_a_client_that_still_waits_is_answered(cause: Any, status: int) -> None:
     async def endpoint(request: Request) -> None:
