@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from h2.config import H2Configuration
@@ -20,9 +15,9 @@ from h2.events import DataReceived, StreamEnded
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import AcceptConnection, CloseConnection, Event, RejectConnection, Request, TextMessage
 
-from .conftest import Start
-from .live import COMMANDS, DEADLINE, ROOT, Client, LiveServer, free_port, live
-from .test_shutdown import FAREWELL, Streams
+from fastapi_cancel.testing import LiveServer, LiveServerError, RawClient
+
+from .conftest import DEADLINE, Start, assert_nothing_left, fresh
 
 SERVER = "granian-rsgi"
 WORK = ["/handler", "/stream", "/plain-stream", "/sse", "/json-lines", "/stream-on-plain-route"]
@@ -36,19 +31,13 @@ def rsgi(running: Start) -> LiveServer:
 
 @pytest.fixture(scope="module")
 def more_once() -> Iterator[LiveServer]:
-    with live(SERVER, "tests.rsgi_app:more") as server:
+    with LiveServer("tests.rsgi_app:more", SERVER, access_log=True) as server:
         yield server
 
 
 @pytest.fixture
 def more(more_once: LiveServer) -> LiveServer:
-    more_once.fresh()
-    return more_once
-
-
-def assert_nothing_left(server: LiveServer) -> None:
-    server.wait("/stats", running=0, tasks=[])
-    assert server.complaints() == []
+    return fresh(more_once)
 
 
 # -- clients leave -------------------------------------------------------------------------------
@@ -64,10 +53,10 @@ def test_cleanup_awaits_after_disconnect(running: Start, middleware: int, path: 
     if path != "/handler":
         for client in clients:
             client.until(b"first")
-    live.wait("/stats", started=5)
+    live.wait_for("/stats", started=5)
     for client in clients:
         getattr(client, leave)()
-    live.wait("/stats", cleaned=5)
+    live.wait_for("/stats", cleaned=5)
     assert_nothing_left(live)
     if middleware:
         expected = 499 if path == "/handler" else 200
@@ -77,7 +66,7 @@ def test_cleanup_awaits_after_disconnect(running: Start, middleware: int, path: 
 @pytest.mark.parametrize("middleware", [0, 5])
 def test_event_streams_are_cleaned_up(middleware: int) -> None:
     """C19: SSEResponse, with its hooks."""
-    with live(SERVER, "tests.sse_app:app", middleware=middleware) as server:
+    with LiveServer("tests.sse_app:app", SERVER, env={"MIDDLEWARE": str(middleware)}) as server:
         for client in [server.open("/route/idle?heartbeat=0.05") for _ in range(5)]:
             client.until(b": ping - ")
             client.abort()
@@ -92,18 +81,18 @@ def test_event_streams_are_cleaned_up(middleware: int) -> None:
 def test_access_log_sees_499(rsgi: LiveServer) -> None:
     """C13."""
     client = rsgi.open("/handler")
-    rsgi.wait("/stats", started=1)
+    rsgi.wait_for("/stats", started=1)
     client.abort()
-    rsgi.wait_for_text(" 499 ")
+    rsgi.wait_for_log(" 499 ")
     assert_nothing_left(rsgi)
 
 
 def test_client_gone_before_the_first_byte(rsgi: LiveServer) -> None:
     """C11."""
     client = rsgi.open("/never-started")
-    rsgi.wait("/stats", started=1)
+    rsgi.wait_for("/stats", started=1)
     client.abort()
-    rsgi.wait("/stats", cleaned=1)
+    rsgi.wait_for("/stats", cleaned=1)
     assert_nothing_left(rsgi)
 
 
@@ -112,7 +101,7 @@ def test_send_ends_a_plain_stream(more: LiveServer) -> None:
     client = more.open("/plain/endless")
     client.until(b"a\r\n")
     client.abort()
-    more.wait("/stats", cleaned=1)
+    more.wait_for("/stats", cleaned=1)
     assert_nothing_left(more)
 
 
@@ -128,21 +117,21 @@ def test_a_head_request_does_not_leave_its_stream_running(more: LiveServer, path
 
 
 def test_keep_alive_connection_cut_in_its_third_request(rsgi: LiveServer) -> None:
-    with Client(rsgi.port) as client:
+    with rsgi.connect() as client:
         for _ in range(2):
             client.request("/hello")
             assert client.response() == (200, b'"hello"')
         client.request("/handler")
-        rsgi.wait("/stats", started=1)
+        rsgi.wait_for("/stats", started=1)
         client.abort()
-    rsgi.wait("/stats", cleaned=1)
+    rsgi.wait_for("/stats", cleaned=1)
     assert_nothing_left(rsgi)
 
 
 def test_a_connection_survives_requests_of_every_kind(more: LiveServer) -> None:
     """C5: Granian's disconnect comes with the end of each streamed response too; no background task is lost to it."""
     rounds = 30
-    with Client(more.port) as client:
+    with more.connect() as client:
         for number in range(1, rounds + 1):
             body = b"x" * 1000 * number
             client.request("/size", "POST", body=body)
@@ -154,19 +143,19 @@ def test_a_connection_survives_requests_of_every_kind(more: LiveServer) -> None:
                 assert client.response() == (200, b"a" * number)
                 client.request(f"{route}/letters?count={number}&length={number}")
                 assert client.response() == (200, b"a" * number)
-    more.wait("/stats", cleaned=4 * rounds)
+    more.wait_for("/stats", cleaned=4 * rounds)
     assert_nothing_left(more)
 
 
 def test_a_background_task_outlives_its_client(rsgi: LiveServer) -> None:
     """C5: the client uses its connection again, and is cut there."""
-    with Client(rsgi.port) as client:
+    with rsgi.connect() as client:
         client.request("/background")
         assert client.response() == (200, b'"done"')
         client.request("/handler")
-        rsgi.wait("/stats", started=1)
+        rsgi.wait_for("/stats", started=1)
         client.abort()
-    rsgi.wait("/stats", cleaned=2)
+    rsgi.wait_for("/stats", cleaned=2)
     assert_nothing_left(rsgi)
 
 
@@ -188,20 +177,20 @@ def test_upload_cut_in_the_middle(running: Start, middleware: int, with_length: 
         # The second header keeps the client from announcing a length.
         headers = "Transfer-Encoding: chunked\r\nNo-Length: 1\r\n"
         client = live.open("/upload", "POST", headers, chunked(b"x" * 1000, b""))
-    live.wait("/stats", started=1)
+    live.wait_for("/stats", started=1)
     while live.json("/stats")["seen"][:1] != [1000]:
         pass
     client.abort()
-    assert live.wait("/stats", cleaned=1)["seen"] == ["ClientDisconnect"]
+    assert live.wait_for("/stats", cleaned=1)["seen"] == ["ClientDisconnect"]
     assert_nothing_left(live)
 
 
 def test_client_leaves_while_the_handler_works_on_a_piece(rsgi: LiveServer) -> None:
     """C4: one piece is read ahead, and that one is the disconnect."""
     client = rsgi.open("/upload-then-work", "POST", f"Content-Length: {MIB}\r\n", b"x" * 1000)
-    rsgi.wait("/stats", seen=["chunk"])
+    rsgi.wait_for("/stats", seen=["chunk"])
     client.abort()
-    rsgi.wait("/stats", cleaned=1)
+    rsgi.wait_for("/stats", cleaned=1)
     assert_nothing_left(rsgi)
 
 
@@ -240,12 +229,10 @@ def wait_until_stuck(live: LiveServer) -> None:
         pass
 
 
-def skip(client: Client, size: int) -> None:
+def skip(client: RawClient, size: int) -> None:
     """Read so much, and forget it."""
-    while size:
-        received = client.socket.recv(min(size, MIB))
-        assert received, f"closed {size} bytes early"
-        size -= len(received)
+    for begin in range(0, size, MIB):
+        client.exactly(min(MIB, size - begin))
 
 
 @pytest.mark.parametrize("path", ["/flood", "/plain-flood"])
@@ -253,32 +240,31 @@ def test_what_a_client_may_hold_has_a_bound(rsgi: LiveServer, path: str) -> None
     """C18, HenryLach/taskplane#664: RSGI takes whatever it is given. Whoever reads again goes on."""
     before = rsgi.json("/stats")["memory"]
     client = rsgi.open(path)
-    rsgi.wait("/stats", started=1)
+    rsgi.wait_for("/stats", started=1)
     for _ in range(3):
         wait_until_stuck(rsgi)
         assert rsgi.json("/stats")["memory"] - before < 16 * MIB
         skip(client, 20 * MIB)
     client.abort()
-    rsgi.wait("/stats", cleaned=1)
+    rsgi.wait_for("/stats", cleaned=1)
     assert_nothing_left(rsgi)
 
 
 def test_a_stalled_client_is_given_up(rsgi: LiveServer) -> None:
     """C18."""
     with rsgi.open("/stalled"):
-        rsgi.wait("/stats", cleaned=1)
-        assert rsgi.wait("/stats", running=0, tasks=[])["seen"][-1] == "ended"
+        rsgi.wait_for("/stats", cleaned=1)
+        assert rsgi.wait_for("/stats", running=0, tasks=[])["seen"][-1] == "ended"
 
 
 def test_a_file_arrives_whole(rsgi: LiveServer) -> None:
     before = rsgi.json("/stats")["memory"]
     with rsgi.open("/file") as client:
         assert client.head()[0] == 200
-        skip(client, 64 * MIB - len(client.buffer))
+        skip(client, 64 * MIB)
         client.request("/hello")
-        client.buffer = b""
         assert client.response() == (200, b'"hello"')
-    assert rsgi.wait("/stats", cleaned=1)["memory"] - before < 16 * MIB
+    assert rsgi.wait_for("/stats", cleaned=1)["memory"] - before < 16 * MIB
     assert_nothing_left(rsgi)
 
 
@@ -353,14 +339,14 @@ def test_http2_stream_that_is_reset_is_cleaned_up_alone(running: Start, middlewa
         if path != "/handler":
             for stream in streams:
                 client.until(stream, b"first")
-        live.wait("/stats", started=5)
+        live.wait_for("/stats", started=5)
         for left, stream in enumerate(streams[1:4], start=1):
             client.leave(stream)
-            live.wait("/stats", cleaned=left, running=5 - left)
+            live.wait_for("/stats", cleaned=left, running=5 - left)
         hello = client.request("/hello")
         assert client.whole(hello) == b'"hello"'
         assert live.json("/stats")["running"] == 2
-    live.wait("/stats", cleaned=5)
+    live.wait_for("/stats", cleaned=5)
     assert_nothing_left(live)
 
 
@@ -370,11 +356,11 @@ def test_http2_upload_that_is_reset(rsgi: LiveServer, length: list[tuple[str, st
     with HTTP2Client(rsgi.port) as client:
         stream = client.request("/upload", "POST", *length, more=True)
         client.data(stream, b"x" * 10)
-        rsgi.wait("/stats", started=1)
+        rsgi.wait_for("/stats", started=1)
         while rsgi.json("/stats")["seen"][:1] != [10]:
             pass
         client.leave(stream)
-        assert rsgi.wait("/stats", cleaned=1)["seen"] == ["ClientDisconnect"]
+        assert rsgi.wait_for("/stats", cleaned=1)["seen"] == ["ClientDisconnect"]
         assert client.whole(client.request("/hello")) == b'"hello"'
     assert_nothing_left(rsgi)
 
@@ -409,12 +395,12 @@ def test_http2_headers(more: LiveServer) -> None:
 
 
 def test_an_error_before_the_response(more: LiveServer) -> None:
-    with Client(more.port) as client:
+    with more.connect() as client:
         client.request("/fails")
         assert client.response() == (500, b"Internal Server Error")
         client.request("/size", "POST", body=b"x")  # the connection is as good as before
         assert client.response() == (200, b"1")
-    more.wait_for_text("ValueError: at once")
+    more.wait_for_log("ValueError: at once")
 
 
 def test_an_error_within_the_response_is_logged(more: LiveServer) -> None:
@@ -422,10 +408,10 @@ def test_an_error_within_the_response_is_logged(more: LiveServer) -> None:
     with more.open("/fails-late?length=100") as client:
         client.until(b"first")
         assert client.socket.recv(100) == b""
-    more.wait_for_text("ValueError: too late")
+    more.wait_for_log("ValueError: too late")
     with more.open("/fails-late") as client:
         assert client.response() == (200, b"first")
-    more.wait_for_text("ValueError: too late", times=2)
+    more.wait_for_log("ValueError: too late", times=2)
 
 
 # -- WebSockets ----------------------------------------------------------------------------------
@@ -466,7 +452,7 @@ def test_a_websocket(more: LiveServer, polite: bool) -> None:
         if polite:
             client.send(CloseConnection(1000))
             assert isinstance(client.receive(), CloseConnection)
-    more.wait("/stats", cleaned=1, tasks=[])
+    more.wait_for("/stats", cleaned=1, tasks=[])
     assert more.complaints() == []
 
 
@@ -477,7 +463,7 @@ def test_a_websocket_that_is_refused(more: LiveServer, path: str, status: int) -
         assert isinstance(answer, RejectConnection)
         assert answer.status_code == status
     if status == 500:
-        more.wait_for_text("RSGI cannot accept a WebSocket with subprotocol: 'chat'")
+        more.wait_for_log("RSGI cannot accept a WebSocket with subprotocol: 'chat'")
     else:
         assert_nothing_left(more)
 
@@ -490,31 +476,12 @@ def test_state_of_the_lifespan(more: LiveServer) -> None:
 
 
 def test_the_lifespan_is_shut_down() -> None:
-    with live(SERVER, "tests.rsgi_app:more") as server:
+    with LiveServer("tests.rsgi_app:more", SERVER, access_log=True) as server:
         assert server.stop() == 0
-        assert "database closed" in server.text()
+        assert "database closed" in server.log
         assert server.complaints() == []
 
 
 def test_a_failed_startup_stops_the_server() -> None:
-    command = [part.format(port=free_port()) for part in COMMANDS[SERVER]]
-    environment = {**os.environ, "APP": "tests.rsgi_app:more", "FAIL": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE
-    )
-    assert ended.returncode == 1
-    assert "ValueError: no database" in ended.stdout + ended.stderr
-
-
-@pytest.mark.parametrize("server", [SERVER, "granian-rsgi-workers"])
-def test_every_stream_gets_its_farewell(server: str, tmp_path: Path) -> None:
-    """C22: Granian is told by a signal, and waits for its connections."""
-    with Streams(server, tmp_path) as streams:
-        if server != SERVER:
-            streams.server.wait_for_text("Started worker-", times=2)
-        streams.open("/events", 200)
-        assert streams.stop(signal.SIGTERM) == 0
-        assert [rest for rest in streams.rest() if FAREWELL not in rest] == []
-        assert streams.left("cleaned") == 200
-        assert streams.left("lifespan shutdown") == (1 if server == SERVER else 2)
-        assert streams.server.complaints() == []
+    with pytest.raises(LiveServerError, match="ValueError: no database"):
+        LiveServer("tests.rsgi_app:more", SERVER, env={"FAIL": "1"}).start()

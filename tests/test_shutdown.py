@@ -33,10 +33,13 @@ SERVERS = {
     ("hypercorn-trio", 1): 0,
     ("granian", 1): 0,
     ("granian", 2): 0,
+    ("granian-rsgi", 1): 0,
+    ("granian-rsgi", 2): 0,
 }
 LIMITED = {"uvicorn": "--limit-max-requests=6", "gunicorn": "--max-requests=6", "hypercorn": "--max-requests=5"}
 OPTIONS = {
     ("granian", 2): ["--backpressure", "2000"],  # by itself it takes 512 connections a worker
+    ("granian-rsgi", 2): ["--backpressure", "2000"],
     ("hypercorn-trio", 1): ["--graceful-timeout", "10"],  # by itself 3 s, which 1,000 streams on a busy machine exceed
 }
 
