@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .every_wait import Chaos, chaos
     from .client import LeavingClient
     from .events import Event, EventReader
+    from .every_wait import Chaos, chaos
     from .faults import Fault
     from .habits import Habits
     from .http2 import Http2Client

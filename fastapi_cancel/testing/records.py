@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import weakref
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
@@ -142,10 +141,17 @@ class Record:
         """Blame the work for all that it has left over by now."""
         for started in self.tasks().values():
             self.blame("task left", str(started))
-        gc.collect()  # what is only part of a reference cycle is left to the collector, too
-        for noted in self._generators.values():
-            if (generator := noted.reference()) is not None and generator.ag_frame is not None:
-                self.blame("generator left open", f"{noted} waits at\n{_waits(generator)}")
+        for noted in self._open_generators():
+            self.blame("generator left open", f"{noted} waits at\n{_waits(noted.reference())}")
+
+    def needs_collecting(self) -> bool:
+        """Whether something may only be part of a reference cycle: that is left to the collector, too."""
+        return bool(self._open_generators()) or bool(self._tasks)
+
+    def _open_generators(self) -> list[_Generator]:
+        return [
+            noted for noted in self._generators.values() if getattr(noted.reference(), "ag_frame", None) is not None
+        ]
 
 
 class _Generator:
@@ -158,7 +164,7 @@ class _Generator:
         return f"{self._name}, first iterated at\n{told(self._iterated)}\n "
 
 
-def _waits(generator: AnyGenerator) -> str:
+def _waits(generator: AnyGenerator | None) -> str:
     return told(stack_of_waiting(generator))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
@@ -293,9 +294,11 @@ async def _until_over(visit: Visit, running: Running, patience: Patience) -> Non
             break
 
 
-async def settle(record: Record) -> None:
-    """Let what ends by itself end."""
+async def settle(*records: Record) -> None:
+    """Let what ends by itself end, and have nothing left that is only part of a reference cycle."""
     for turn in range(TURNS):
-        if turn > 2 and not record.tasks():
+        if turn > 2 and not any(record.tasks() for record in records):
             break
         await checkpoint()
+    if any(record.needs_collecting() for record in records):
+        gc.collect()
