@@ -194,7 +194,7 @@ class Exchange(News):
     def _count(self, size: int) -> bool:
         if self._backlog is None:
             self._backlog = Backlog(self._scope)
-        return self._backlog.add(size if self._length is not None else size + _framing(size))
+        return self._backlog.add(size, chunked=self._length is None)
 
     async def _ease(self) -> None:
         """Wait while Granian holds too much for this client."""
@@ -328,11 +328,6 @@ class _Body:
             self.broken = True
         else:
             self._put(b"")
-
-
-def _framing(size: int) -> int:
-    """What a chunk has around it: its size in hexadecimal, and two line ends."""
-    return (size.bit_length() + 3) // 4 + 4
 
 
 def _text(value: bytes) -> str:
