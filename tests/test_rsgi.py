@@ -178,6 +178,8 @@ def test_bad_arguments_are_named() -> None:
     for path in ("api", "/api/"):
         with pytest.raises(ValueError, match=f"root_path must be .* not '{path}'"):
             RSGI(PlainTextResponse(""), path)
+    with pytest.raises(ValueError, match="shutdown_timeout must be a number of seconds, 0 or more, not -1"):
+        RSGI(PlainTextResponse(""), shutdown_timeout=-1)
 
 
 async def test_scope_of_a_request() -> None:
@@ -1126,6 +1128,38 @@ def test_a_failed_shutdown_is_logged(worker: Worker, app: App, said: str, caplog
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("patience", [0, 30])
+def test_what_has_no_connection_any_more_is_waited_for(patience: float, caplog: pytest.LogCaptureFixture) -> None:
+    """C12, C14: Granian itself waits for connections alone."""
+    seen: list[str] = []
+
+    async def background() -> None:
+        await turns(50)
+        seen.append("background")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await lifespan("startup.complete", "shutdown.complete")(scope, receive, send)
+            seen.append("shutdown")
+        else:
+            await PlainTextResponse("", background=BackgroundTask(background))(scope, receive, send)
+
+    loop = asyncio.new_event_loop()
+    application = RSGI(app, shutdown_timeout=patience)
+    application.__rsgi_init__(loop)
+    request = loop.create_task(application.__rsgi__(FakeScope(), Protocol()))
+    loop.run_until_complete(turns())
+    application.__rsgi_del__(loop)
+    if patience:
+        assert seen == ["background", "shutdown"]
+        assert caplog.records == []
+    else:
+        assert seen == ["shutdown"]
+        assert [record.message for record in caplog.records] == ["1 requests have not ended within 0 s"]
+    loop.run_until_complete(request)
+    loop.close()
 
 
 async def test_without_init_there_is_no_state() -> None:

@@ -496,6 +496,17 @@ def test_the_lifespan_is_shut_down() -> None:
         assert server.complaints() == []
 
 
+def test_a_cleanup_is_waited_for() -> None:
+    """C14: Granian itself waits for connections alone."""
+    with live(SERVER) as server:
+        client = server.open("/slow-cleanup")
+        server.wait("/stats", started=1)
+        client.abort()
+        assert server.stop() == 0
+        assert "cleaned" in server.text()
+        assert server.complaints() == []
+
+
 def test_a_failed_startup_stops_the_server() -> None:
     command = [part.format(port=free_port()) for part in COMMANDS[SERVER]]
     environment = {**os.environ, "APP": "tests.rsgi_app:more", "FAIL": "1"}
