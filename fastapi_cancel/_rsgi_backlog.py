@@ -20,6 +20,8 @@ from ._rsgi_types import Scope
 STEP = 256 << 10
 """Bytes that Granian may hold, and bytes between two looks."""
 
+MANY_LOOKS = 10  # that is 0.2 s or more, with the pauses that are made
+
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 INET_DIAG_INFO = 2  # linux/inet_diag.h
@@ -36,15 +38,19 @@ class Backlog:
     _counted = 0  # bytes until then, and since ...
     _before: int | None = None  # ... so many had been written to the connection
     _last = 0  # so many had been at the last look
+    _still = 0  # looks in a row that saw all of that arrived, and nothing new
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def add(self, size: int) -> bool:
+    def add(self, size: int, chunked: bool) -> bool:
         """Count what is about to be handed over.
 
+        :param chunked: whether HTTP/1.1 puts its size and two line ends around it
         :return: whether it is time to look, once it was
         """
+        if chunked and self._scope.http_version == "1.1":
+            size += (size.bit_length() + 3) // 4 + 4
         self._handed += size
         if self._handed < STEP:
             return False
@@ -60,14 +66,17 @@ class Backlog:
         seen = self._look()
         if self._before is None or seen is None:
             return False
-        written, acknowledged = seen
-        # Nothing was left to be written, and nothing has been since: whatever we have counted, Granian holds no more.
-        idle = written == acknowledged == self._last
-        if idle or written - self._before > self._counted:
+        written, arrived = seen
+        self._still = self._still + 1 if written == arrived == self._last else 0
+        self._last = written
+        if written - self._before > self._counted or self._miscounted():
             self._before = written
             self._counted = 0
-        self._last = written
         return self._counted - (written - self._before) > STEP
+
+    def _miscounted(self) -> bool:
+        """Whether Granian cannot hold anything. Not to be known over HTTP/2, where a stream has a window of its own."""
+        return self._still >= MANY_LOOKS and self._scope.http_version != "2"
 
     def _look(self) -> tuple[int, int] | None:
         return look(self._scope.client, self._scope.server)

@@ -79,6 +79,8 @@ async def letters(count: int) -> AsyncIterator[bytes]:
     for _ in range(count):
         await anyio.sleep(0)
         yield b"a"
+    await anyio.sleep(0.005)
+    state["seen"].append("end")
 
 
 @router.get("/letters")

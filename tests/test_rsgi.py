@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute, _rsgi_backlog
-from fastapi_cancel._rsgi_backlog import STEP, Backlog, look
+from fastapi_cancel._rsgi_backlog import MANY_LOOKS, STEP, Backlog, look
 from fastapi_cancel.rsgi import RSGI
 
 pytestmark = pytest.mark.anyio
@@ -178,6 +178,8 @@ def test_bad_arguments_are_named() -> None:
     for path in ("api", "/api/"):
         with pytest.raises(ValueError, match=f"root_path must be .* not '{path}'"):
             RSGI(PlainTextResponse(""), path)
+    with pytest.raises(ValueError, match="shutdown_timeout must be a number of seconds, 0 or more, not -1"):
+        RSGI(PlainTextResponse(""), shutdown_timeout=-1)
 
 
 async def test_scope_of_a_request() -> None:
@@ -518,14 +520,18 @@ async def test_a_complete_response_is_not_a_disconnect(headers: list[tuple[bytes
         await turns()
         await send({**OK, "headers": headers})
         await send({"type": "http.response.body", "body": b"abc", "more_body": True})
-        assert not waiting.done()
         await send({"type": "http.response.body", "body": b"def", "more_body": bool(headers)})
         assert protocol.waiting[0].cancelled()  # it would live as long as the server
         protocol.leave()
-        assert await waiting == await receive() == DISCONNECT
-        if headers:
+        await turns()
+        if headers:  # the client has all, the application may have something to do yet
+            assert not waiting.done()
+            peek = asyncio.ensure_future(receive())
             await send({"type": "http.response.body", "more_body": True})
+            assert not peek.done()
             await send({"type": "http.response.body"})
+        assert await waiting == await receive() == DISCONNECT
+        assert len(protocol.waiting) == 1
 
     await serve(app, protocol)
     assert [how for how, *_ in protocol.answers] == ["stream"]
@@ -576,18 +582,22 @@ async def test_an_unread_body_is_let_go_with_the_response(caplog: pytest.LogCapt
 @pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 204)])
 @pytest.mark.parametrize("first", [b"", b"one"])
 async def test_a_stream_of_which_the_head_alone_is_wanted(method: str, status: int, first: bytes) -> None:
-    """sysid/sse-starlette#218: it would go on for ever."""
+    """sysid/sse-starlette#218: it would go on for ever. A response that has no body is just complete a little later."""
     protocol = Protocol()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        waiting = asyncio.ensure_future(receive())
+        await turns()
         await send({**OK, "status": status})
         await turns()
-        assert await receive() == DISCONNECT
+        assert waiting.done() == (method == "HEAD")
         if first:
             with pytest.raises(OSError, match="the head alone"):
                 await send({"type": "http.response.body", "body": first, "more_body": True})
         else:
             await send({"type": "http.response.body"})
+            assert await waiting == DISCONNECT
 
     await serve(app, protocol, method=method)
     assert [(how, status) for how, status, *_ in protocol.answers] == [("stream", status)]
@@ -742,7 +752,7 @@ async def test_a_client_leaves_while_the_stream_waits(monkeypatch: pytest.Monkey
 
 
 def full(backlog: Backlog, size: int) -> bool:
-    return backlog.add(size) and backlog.full()
+    return backlog.add(size, chunked=False) and backlog.full()
 
 
 def test_what_granian_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -755,16 +765,31 @@ def test_what_granian_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert full(backlog, STEP)
     kernel.says((1000 + STEP, 0))
     assert not backlog.full()
-    kernel.says((1000 + 2 * STEP, 0))
-    assert full(backlog, 2 * STEP)
-    kernel.says((1000 + 2 * STEP, 1000 + 2 * STEP))
-    assert not backlog.full()  # it has all, and no more was written since: we have miscounted
     kernel.says((1000 + 9 * STEP, 0))
     assert not full(backlog, STEP)  # other streams of the same connection
     kernel.says((1000 + 9 * STEP, 0))
     assert full(backlog, 2 * STEP)
     kernel.says(None)
     assert not backlog.full()  # it has ended
+
+
+@pytest.mark.parametrize("version", ["1.1", "2"])
+def test_what_was_miscounted_is_not_waited_for(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over HTTP/2 it may be the client's window."""
+    kernel = Kernel(monkeypatch, (0, 0), (100, 0))
+    backlog = Backlog(FakeScope(http_version=version))
+    assert full(backlog, 2 * STEP)
+    for looks in (MANY_LOOKS - 1, MANY_LOOKS):
+        kernel.says((100, 99), *[(100, 100)] * looks)
+        assert [backlog.full() for _ in range(looks)] == [True] * looks
+        assert backlog.full() == (version == "2" or looks < MANY_LOOKS)
+
+
+@pytest.mark.parametrize(("version", "chunked", "size"), [("1.1", True, 15), ("1.1", False, 10), ("2", True, 10)])
+def test_the_framing_of_a_chunk(version: str, chunked: bool, size: int) -> None:
+    backlog = Backlog(FakeScope(http_version=version))
+    backlog.add(10, chunked)
+    assert backlog._handed == size
 
 
 def test_nobody_knows_what_granian_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1103,6 +1128,38 @@ def test_a_failed_shutdown_is_logged(worker: Worker, app: App, said: str, caplog
     (record,) = caplog.records
     assert record.levelname == "ERROR"
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("patience", [0, 30])
+def test_what_has_no_connection_any_more_is_waited_for(patience: float, caplog: pytest.LogCaptureFixture) -> None:
+    """C12, C14: Granian itself waits for connections alone."""
+    seen: list[str] = []
+
+    async def background() -> None:
+        await turns(50)
+        seen.append("background")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await lifespan("startup.complete", "shutdown.complete")(scope, receive, send)
+            seen.append("shutdown")
+        else:
+            await PlainTextResponse("", background=BackgroundTask(background))(scope, receive, send)
+
+    loop = asyncio.new_event_loop()
+    application = RSGI(app, shutdown_timeout=patience)
+    application.__rsgi_init__(loop)
+    request = loop.create_task(application.__rsgi__(FakeScope(), Protocol()))
+    loop.run_until_complete(turns())
+    application.__rsgi_del__(loop)
+    if patience:
+        assert seen == ["background", "shutdown"]
+        assert caplog.records == []
+    else:
+        assert seen == ["shutdown"]
+        assert [record.message for record in caplog.records] == ["1 requests have not ended within 0 s"]
+    loop.run_until_complete(request)
+    loop.close()
 
 
 async def test_without_init_there_is_no_state() -> None:

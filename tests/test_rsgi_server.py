@@ -143,7 +143,7 @@ def test_a_connection_survives_requests_of_every_kind(more: LiveServer) -> None:
                 assert client.response() == (200, b"a" * number)
                 client.request(f"{route}/letters?count={number}&length={number}")
                 assert client.response() == (200, b"a" * number)
-    more.wait_for("/stats", cleaned=4 * rounds)
+    more.wait_for("/stats", cleaned=4 * rounds, seen=["end"] * 4 * rounds)
     assert_nothing_left(more)
 
 
@@ -345,7 +345,7 @@ def test_http2_stream_that_is_reset_is_cleaned_up_alone(running: Start, middlewa
             live.wait_for("/stats", cleaned=left, running=5 - left)
         hello = client.request("/hello")
         assert client.whole(hello) == b'"hello"'
-        assert live.json("/stats")["running"] == 2
+        live.wait_for("/stats", running=2)
     live.wait_for("/stats", cleaned=5)
     assert_nothing_left(live)
 
@@ -479,6 +479,17 @@ def test_the_lifespan_is_shut_down() -> None:
     with LiveServer("tests.rsgi_app:more", SERVER, access_log=True) as server:
         assert server.stop() == 0
         assert "database closed" in server.log
+        assert server.complaints() == []
+
+
+def test_a_cleanup_is_waited_for() -> None:
+    """C14: Granian itself waits for connections alone."""
+    with LiveServer("tests.app:app", SERVER) as server:
+        client = server.open("/slow-cleanup")
+        server.wait_for("/stats", started=1)
+        client.abort()
+        assert server.stop() == 0
+        assert "cleaned" in server.log
         assert server.complaints() == []
 
 
