@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any
@@ -52,15 +52,19 @@ async def chaos(
     :param options: as :meth:`LeavingClient.visit` takes them
     :raises AssertionError: at the first visit that left anything, with the wait at which its client left
     :raises ValueError: ``most`` or ``longest`` is too small
+    :raises TypeError: the content cannot be sent more than once
     """
     if most < 1:
         raise ValueError(f"most: a number (>= 1), not {most!r}")
     if not longest > 0:
         raise ValueError(f"longest: seconds (> 0), not {longest!r}")
+    if isinstance(content := options.get("content"), (Iterator, AsyncIterator)):
+        raise TypeError(f"content: bytes, text or a list, to be sent more than once, not {content!r}")
     for number in range(1, most + 1):
         async with client.visit(method, path, leave=at_wait(number), **options) as visit:
             stuck = await _stuck(visit, longest)
         if visit.left is None:
+            fail_on(visit.faults, f"{visit!r}, whose client stayed")
             return Chaos(number - 1, True)
         where = f"{visit!r}, whose client left at wait {number}, at\n{told(visit.left_at)}"
         fail_on(visit.faults, where)
