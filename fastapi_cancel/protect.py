@@ -19,7 +19,7 @@ from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
 from .exceptions import is_quiet
 from .ladder import Ladder
-from .policy import CancelPolicy, Cause
+from .policy import PARTING, CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
 """Where the scope keeps its :class:`Channel`; ``None`` there: the endpoint opted out."""
@@ -95,7 +95,7 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
             await _answer(cause, channel.scope, receive, send)
         elif cause == "shutdown" and not channel.closing and not channel.gone:
             # An event stream, which may end anywhere.
-            with anyio.move_on_after(1, shield=True), suppress(OSError):
+            with anyio.move_on_after(PARTING, shield=True), suppress(OSError):
                 await send({"type": "http.response.body"})
     finally:
         if background is not None and channel.ladder.policy.background:
@@ -105,7 +105,8 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
 async def _answer(cause: Cause, scope: Scope, receive: Receive, send: Send) -> None:
     status = STATUS[cause]
     if status == 499:
-        with suppress(OSError):
+        with anyio.move_on_after(1, shield=True), suppress(OSError):
+            # Hypercorn: the last `send` on an HTTP/2 connection that is gone never returns.
             await PlainTextResponse(status_code=status)(scope, receive, send)
         return
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import anyio
 import pytest
@@ -14,7 +14,12 @@ from fastapi_cancel.testing.leftovers import nothing_left
 pytestmark = pytest.mark.anyio
 
 
-async def numbers() -> AsyncIterator[int]:
+async def judge(block: Callable[[], Awaitable[object]]) -> None:
+    async with nothing_left():
+        await block()
+
+
+async def numbers() -> AsyncGenerator[int, None]:
     for number in range(3):
         await anyio.sleep(0)
         yield number
@@ -41,32 +46,35 @@ async def test_a_task_is_left() -> None:
 
 
 async def test_a_generator_is_left_open() -> None:
+    left = numbers()
     with pytest.raises(AssertionError, match=r"generator left open: numbers, first iterated at"):
-        async with nothing_left():
-            left = numbers()
-            await anext(left)
-    await left.aclose()  # type: ignore[attr-defined]
+        await judge(left.__anext__)
+    await left.aclose()
 
 
 async def test_something_is_logged() -> None:
+    async def warn() -> None:
+        logging.getLogger("app").info("all is well")
+        logging.getLogger("app").warning("low on %s", "fuel")
+
     with pytest.raises(AssertionError, match="logged: app WARNING: low on fuel"):
-        async with nothing_left():
-            logging.getLogger("app").info("all is well")
-            logging.getLogger("app").warning("low on %s", "fuel")
+        await judge(warn)
 
 
 async def test_something_is_not_returned() -> None:
     limiter = anyio.CapacityLimiter(1)
-    with pytest.raises(AssertionError, match="not returned: 1 of .*Limiter"):
+    with pytest.raises(AssertionError, match=r"not returned: 1 of .*Limiter"):
         async with nothing_left(pools=[limiter]):
             await limiter.acquire_on_behalf_of("nobody")
 
 
 async def test_a_block_that_raises_is_not_judged() -> None:
+    async def fail() -> None:
+        logging.getLogger("app").warning("on the way")
+        raise ValueError("the block's own")
+
     with pytest.raises(ValueError, match="the block's own"):
-        async with nothing_left():
-            logging.getLogger("app").warning("on the way")
-            raise ValueError("the block's own")
+        await judge(fail)
 
 
 async def test_a_pool_that_cannot_be_counted() -> None:

@@ -18,6 +18,9 @@ from .records import CURRENT, Record, Started
 from .sites import stack_here
 from .stepping import Dropped, is_interruption, stepped
 
+LASTING = {("sse_starlette.sse", "_shutdown_watcher")}
+"""What a package starts once, whichever request is the first, for the whole life of the event loop."""
+
 GIVE_UP = 5.0
 """Seconds for which cancelled work is awaited, before it is ended by force."""
 
@@ -154,7 +157,7 @@ class AsyncioBackend(Backend):
     def _make(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Future[Any]:
         context: Context | None = options.get("context")
         record = CURRENT.get() if context is None else context.get(CURRENT)
-        if record is None or not iscoroutine(work):
+        if record is None or not iscoroutine(work) or _lasts(work):
             return self._task(loop, work, options)
         started = Started(work.__qualname__, work, stack_here())
         task = self._task(loop, wrapped(work, record), options)
@@ -301,6 +304,10 @@ def current_backend() -> Backend:
         return AsyncioBackend()
     except RuntimeError:
         return TrioBackend()
+
+
+def _lasts(work: Any) -> bool:
+    return (work.cr_frame.f_globals.get("__name__"), work.__qualname__) in LASTING
 
 
 def wrapped(work: Any, record: Record) -> Coroutine[Any, Any, Any]:

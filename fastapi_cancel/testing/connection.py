@@ -34,6 +34,8 @@ class Connection:
     :ivar left: when the client has left, by the event loop's clock
     :ivar heard: whether anybody has read http.disconnect, or was raised an :class:`OSError`, since
     :ivar stolen: the stacks of two that read the body at once
+    :ivar peeked: the stack of a ``Request.is_disconnected`` that has taken a piece of it
+    :ivar body_complete: whether the application has read the whole of the request's body
     :ivar upload_complete: whether the client has sent the whole of its body
     """
 
@@ -49,13 +51,14 @@ class Connection:
         self.left: float | None = None
         self.heard = False
         self.stolen: tuple[Stack, Stack] | None = None
+        self.peeked: Stack | None = None
         self.upload_complete = True
         self._pieces = deque(body)
         self._cuts: set[int] = set()
         self._stalls_at: set[int] = set()
         self._sends = 0
         self._whole: Message | None = None
-        self._body_complete = self._started = self._stalled = self._told = False
+        self.body_complete = self._started = self._stalled = self._told = False
         self._readers: dict[int, Stack] = {}
         self._changed: Any = None
         self._events = EventReader()
@@ -113,29 +116,37 @@ class Connection:
         self._check_readers(reader)
         self._readers[reader] = stack_here()
         try:
-            return await self._next_message()
+            return await self._next_message(reader)
         finally:
             self._readers.pop(reader, None)
 
     def _check_readers(self, reader: int) -> None:
         """Two at once: one of them gets a piece of the body that the other wanted."""
         for other, stack in self._readers.items():
-            if other != reader and not self._body_complete and self.stolen is None:
+            if other != reader and not self.body_complete and self.stolen is None:
                 self.stolen = (stack, stack_here())
 
-    async def _next_message(self) -> Message:
+    def _check_peek(self, stack: Stack) -> None:
+        """Starlette drops whatever message it meets."""
+        if any(site.package == "starlette" and site.function == "Request.is_disconnected" for site in stack):
+            self.peeked = stack
+
+    async def _next_message(self, reader: int) -> Message:
         if self._whole is not None:
             message, self._whole = self._whole, None
             return message
-        if self.uploaded and not self._body_complete:
+        if self.uploaded and not self.body_complete:
             await checkpoint()  # a first piece comes with the headers, a later one does not
         while True:
             if self.left is not None and (not self._told or self.habits.again):
                 self._told = self.heard = True
                 return {"type": "http.disconnect"}
             if self.left is None:
-                if not self._body_complete and (self._pieces or self.upload_complete):
-                    return self._piece()
+                if not self.body_complete and (self._pieces or self.upload_complete):
+                    message = self._piece()
+                    if message["body"]:
+                        self._check_peek(self._readers[reader])
+                    return message
                 if self.completed and self.habits.after_completion == "http.disconnect":
                     return {"type": "http.disconnect"}
             await self._change()
@@ -146,9 +157,9 @@ class Connection:
             self._pieces.appendleft(piece[min(inside) :])
             piece = piece[: min(inside)]
         self.uploaded += len(piece)
-        self._body_complete = self.upload_complete and not self._pieces
+        self.body_complete = self.upload_complete and not self._pieces
         self.look()
-        return {"type": "http.request", "body": piece, "more_body": not self._body_complete}
+        return {"type": "http.request", "body": piece, "more_body": not self.body_complete}
 
     async def take_body(self) -> bool:
         """Read the whole body, for a server that does so before it starts the application.
@@ -156,7 +167,7 @@ class Connection:
         :return: whether the client has stayed for that long
         """
         pieces: list[bytes] = []
-        while not self._body_complete:
+        while not self.body_complete:
             if self.left is not None:
                 return False
             if self._pieces or self.upload_complete:

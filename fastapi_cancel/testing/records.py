@@ -49,7 +49,6 @@ class Record:
     :param on_suspension: called at each wait of the work, in whichever of its tasks
     :param log_level: from which on what it logs is a fault
     :ivar suspensions: how many there were
-    :ivar interruptions: how often somebody has cancelled one of its tasks at a wait
     :ivar listening: whether what is heard of counts; not once the test itself has ended the work
     :ivar dropped: whether it shall end by force
     """
@@ -64,7 +63,6 @@ class Record:
         self.on_suspension = on_suspension
         self.faults: list[Fault] = []
         self.suspensions = 0
-        self.interruptions = 0
         self.listening = True
         self.dropped = False
         self.suspended_in: Any = None
@@ -86,6 +84,15 @@ class Record:
         """Where the request itself waits."""
         return stack_of_waiting(self._work)
 
+    def stacks(self) -> list[Stack]:
+        """Likewise, and each of its tasks."""
+        return [self.where(), *(stack_of_waiting(each.work) for each in self.tasks().values())]
+
+    def everywhere(self) -> str:
+        """Where it and its tasks wait in the user's own code, to be read by a person."""
+        stacks = self.stacks()
+        return "\n  and at\n".join(map(told, [stack for stack in stacks if own(stack) is not None] or stacks[:1]))
+
     def heard(self, line: str, level: int) -> None:
         """Somebody has said something."""
         if self.listening and level >= self._log_level:
@@ -102,9 +109,6 @@ class Record:
         self.suspended_in = work
         if self.on_suspension is not None:
             self.on_suspension()
-
-    def interrupted(self) -> None:
-        self.interruptions += 1
 
     def judged(self, interruption: BaseException, killed: bool) -> None:
         """What came of an interruption."""

@@ -34,6 +34,11 @@ class Site(NamedTuple):
         """Whether the line is the user's own, and no framework's."""
         return self.package not in PLUMBING
 
+    @property
+    def installed(self) -> bool:
+        """Whether it is in a package that was installed."""
+        return not {"site-packages", "dist-packages"}.isdisjoint(Path(self.file).parts)
+
     def __str__(self) -> str:
         path = Path(self.file)
         here = Path.cwd()
@@ -101,4 +106,6 @@ def own(stack: Stack) -> Site | None:
 def told(stack: Stack, lines: int = 6) -> str:
     """The user's own lines of a stack, or its last ones where there are none, to be read by a person."""
     chosen = [site for site in stack if site.own] or list(stack)
+    if len(chosen) > lines:  # a client library may have many of its own below the user's
+        chosen = [*[site for site in chosen[:-1] if not site.installed][1 - lines :], chosen[-1]]
     return "\n".join(f"    {site}" for site in chosen[-lines:]) or "    nowhere known"

@@ -60,10 +60,6 @@ class Told(Protocol):
         """The work is about to wait."""
         ...
 
-    def interrupted(self) -> None:
-        """It is interrupted at a wait."""
-        ...
-
     def judged(self, interruption: BaseException, killed: bool) -> None:
         """What came of that.
 
@@ -189,7 +185,6 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
             before, requests = requests, seam.requests()
             arrived = seam.interruption(value)
             if arrived is not None and (requests > before or not seam.counts):
-                told.interrupted()
                 suspects.append(Interruption(arrived, before, seam.counts))
             if told.dropped and arrived is not None:
                 step, value = work.throw, Dropped()

@@ -25,6 +25,8 @@ from .sites import Stack, stack_of, stack_of_waiting, told
 TURNS = 10
 """Of the event loop, in which what ends by itself has ended."""
 
+READ = Channel.receive.__qualname__
+
 
 class NeverCame(AssertionError):
     """The visit was over before the moment for which its client waited."""
@@ -37,6 +39,7 @@ class Visit(Connection):
     :ivar lasted: seconds that the application went on for once the client had left
     :ivar left_at: where the work waited when the client left
     :ivar over: whether the application has returned
+    :ivar cancelled: whether the server has cancelled it
     """
 
     def __init__(self, scope: Scope, body: Iterable[bytes], habits: Habits) -> None:
@@ -49,7 +52,7 @@ class Visit(Connection):
         self._record: Record
         self._arranged: list[tuple[Moment, Callable[[], object]]] = []
         self._channel: Channel | None = None
-        self._interruptions = 0
+        self.cancelled = False
         self._news: anyio.Event | None = None
         self._stalls = anyio.Event()
         self._failure: BaseException | None = None
@@ -69,8 +72,8 @@ class Visit(Connection):
 
     @property
     def where(self) -> str:
-        """Where it waits now."""
-        return told(self._record.where())
+        """Where it waits now, in all its tasks: behind a ``BaseHTTPMiddleware`` the handler is in another one."""
+        return self._record.everywhere()
 
     def assert_clean(self) -> None:
         """The work ended when its client had left, cleaned up, and neither left nor said anything.
@@ -201,6 +204,8 @@ class Visit(Connection):
         if self.stolen is not None:
             first, second = self.stolen
             self.blame("body stolen", f"two readers at once, at\n{told(first)}\n  and at\n{told(second)}")
+        if self.peeked is not None:
+            self.blame("body stolen", f"is_disconnected() has taken a piece of it, at\n{told(self.peeked)}")
 
     def blame(self, kind: Kind, text: str) -> None:
         self._record.blame(kind, text)
@@ -213,6 +218,8 @@ class Visit(Connection):
     def look(self) -> None:
         """Something has happened."""
         self._channel = channel_of(self.scope) or self._channel
+        if self._channel is not None and self.stolen is None and not self.body_complete:
+            self._check_channel()
         for arranged in list(self._arranged):
             moment, action = arranged
             if self._is_there(moment) and arranged in self._arranged:
@@ -230,6 +237,12 @@ class Visit(Connection):
             self.fail(exc)
             return False
 
+    def _check_channel(self) -> None:
+        """On a protected route, it is the channel that two tasks read at once."""
+        readers = [stack for stack in self._record.stacks() if any(site.function == READ for site in stack)]
+        if len(readers) > 1:
+            self.stolen = (readers[0], readers[1])
+
     @property
     def cause(self) -> Cause | None:
         """Why the library ended the work, if it did."""
@@ -240,13 +253,12 @@ class Visit(Connection):
         if self.over:
             return
         if self.left is None:
-            self._interruptions = self._record.interruptions
             self.left_at = stack_of_waiting(self._record.suspended_in)
         super().leave()
 
     def was_told(self) -> bool:
         """Whether the work knows that the client has left."""
-        return self.heard or self.cause is not None or self._record.interruptions > self._interruptions
+        return self.heard or self.cause is not None or self.cancelled
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,6 @@ async def _upload(pieces: AsyncIterable[bytes], visit: Visit) -> None:
 
 async def _until_over(visit: Visit, running: Running, patience: Patience) -> None:
     began = anyio.current_time()
-    cancels_after = visit.habits.cancels_after
     looks = 0
     while True:
         with anyio.move_on_after(POLL):
@@ -96,9 +95,10 @@ async def _until_over(visit: Visit, running: Running, patience: Patience) -> Non
             began, looks = visit.left, 0
         since = anyio.current_time() - began
         looks += 1
-        if visit.left is not None and cancels_after is not None and since > cancels_after:
+        cancels_after = visit.habits.cancels_after
+        if visit.left is not None and cancels_after is not None and not visit.cancelled and since > cancels_after:
             running.cancel()
-            cancels_after = None
+            visit.cancelled = True
         limit, reproach = _limit(visit, patience)
         if since > limit and looks > LOOKS:
             visit.go_on_no_more(f"{reproach.format(since)}, at\n{visit.where}")

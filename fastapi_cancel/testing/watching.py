@@ -21,6 +21,7 @@ import gc
 import logging
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,10 +113,12 @@ class Watch:
             self._hooks.firstiter(generator)
 
     def _abandoned(self, generator: Any) -> None:
-        if (record := self._owners.pop(id(generator), None)) is not None:
-            record.abandoned(generator)
-        if self._hooks.finalizer is not None:
-            self._hooks.finalizer(generator)
+        with warnings.catch_warnings():
+            if (record := self._owners.pop(id(generator), None)) is not None:
+                record.abandoned(generator)
+                warnings.simplefilter("ignore", ResourceWarning)  # Trio's, which says the same
+            if self._hooks.finalizer is not None:
+                self._hooks.finalizer(generator)
 
     def _unraisable(self, unraisable: Any) -> None:
         line = f"{unraisable.err_msg or 'Exception ignored in'} {unraisable.object!r}: {unraisable.exc_value!r}"
