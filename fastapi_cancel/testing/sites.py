@@ -56,10 +56,10 @@ Stack = tuple[Site, ...]
 
 
 def stack_here() -> Stack:
-    """The stack of the caller's caller. Reads no source, so that every task can afford it."""
+    """The stack of the caller's caller, from where the request begins. Reads no source: every task can afford it."""
     frame: FrameType | None = sys._getframe(2)
     sites: list[Site] = []
-    while frame is not None and len(sites) < DEPTH:
+    while frame is not None and len(sites) < DEPTH and frame.f_code.co_name != "stepped":
         sites.append(_site(frame, frame.f_lineno))
         frame = frame.f_back
     return tuple(reversed(sites))
