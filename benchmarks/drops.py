@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from tests.live import Client
-
 from .apps import CLEANUP, MIDDLEWARE, OURS, PEERS, PEERS_MISSING
 from .harness import BASE, Row, Section, at_most
 from .server import SERVER, Server, many_sockets
@@ -64,10 +62,7 @@ def _many() -> dict[str, tuple[str, str, bool]]:
 @contextmanager
 def served(layers: int) -> Iterator[dict[str, Server]]:
     with ExitStack() as stack:
-        servers = {variant: stack.enter_context(Server(variant, layers)) for variant in {c[0] for c in CASES.values()}}
-        for server in servers.values():
-            server.ready()
-        yield servers
+        yield {variant: stack.enter_context(Server(variant, layers)) for variant in {c[0] for c in CASES.values()}}
 
 
 class Drop:
@@ -92,9 +87,7 @@ def drop(server: Server, path: str, clients: int, patience: float) -> Drop:
     """Connect so many clients, let all leave, and wait until all cleanups are finished."""
     server.json("/reset")
     tasks = server.json("/stats")["tasks"]
-    connected = [Client(server.port) for _ in range(clients)]
-    for client in connected:
-        client.request(path)
+    connected = [server.open(path) for _ in range(clients)]
     while server.json("/stats")["started"] < clients:
         time.sleep(0.005)
     if "idle" in path:

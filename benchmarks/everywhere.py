@@ -15,11 +15,12 @@ from fastapi.sse import EventSourceResponse
 from starlette.responses import StreamingResponse
 
 from fastapi_cancel import CancellableRoute
-from tests.live import SERVERS, live
+from fastapi_cancel.testing.live import LiveServer
 
 from .apps import CLEANUP, PEERS_MISSING, peer
 from .harness import Row, Section
 
+SERVERS = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
 CLIENTS = 5
 PATIENCE = 4.0  # seconds: gunicorn cancels by itself after 3
 
@@ -87,7 +88,7 @@ def run(quick: bool) -> Section:
         notes=[PEERS_MISSING] if PEERS_MISSING else [],
     )
     for server in SERVERS:
-        with live(server, app="benchmarks.everywhere:app") as running:
+        with LiveServer(app, server) as running:
             for path, who in CASES.items():
                 clients = [running.open(path) for _ in range(CLIENTS)]
                 while running.json("/stats")["started"].get(path) != CLIENTS:

@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
-from tests.live import Client
-
 from .apps import CLEANUP, OURS
 from .asgi import answer, cpu_of
 from .drops import CLIENTS, PATIENCE, drop, row
@@ -288,10 +286,7 @@ def _servers(layers: int) -> Iterator[dict[str, Server]]:
             who: stack.enter_context(Server(case[0], layers, "benchmarks.feeds:served")) for who, case in CASES.items()
         }
         for who, server in servers.items():
-            server.ready()
-            with Client(server.port) as client:
-                client.request(Feed("", "burst", "event", {}).path(who, 1), headers="Connection: close\r\n")
-                assert client.response()[0] == 200
+            assert server.get(Feed("", "burst", "event", {}).path(who, 1))[0] == 200
         os.sched_setaffinity(0, CORES[-1:])
         try:
             yield servers

@@ -30,8 +30,6 @@ def run(quick: bool) -> Section:
     with ExitStack() as stack:
         measured = ROUTES if quick else VARIANTS
         servers = {variant: stack.enter_context(Server(variant)) for variant in measured}
-        for server in servers.values():
-            server.ready()
         for what, path in ROWS:
             variants = {name: partial(cpu_a_request, server, path) for name, server in servers.items()}
             costs = interleave(variants, rounds=2 if quick else 9, warm=0 if quick else 1)
@@ -60,5 +58,5 @@ def cpu_a_request(server: Server, path: str) -> float:
     )
     after = server.cpu()
     found = re.search(r"(\d+) requests in", done.stdout)
-    assert found and "Non-2xx" not in done.stdout, done.stdout + server.log()
+    assert found and "Non-2xx" not in done.stdout, done.stdout + server.log
     return (after - before) / int(found[1])

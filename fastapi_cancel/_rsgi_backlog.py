@@ -23,6 +23,7 @@ STEP = 256 << 10
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 INET_DIAG_INFO = 2  # linux/inet_diag.h
+TCP_LISTEN = 10  # linux/tcp_states.h
 # struct tcp_info (linux/tcp.h): bytes acknowledged, not sent yet, sent, and sent again. All are of one moment.
 TCP_INFO = struct.Struct("=120xQ16xI52xQQ")
 NLMSG, DIAG_MSG = 16, 72  # lengths of the headers before the attributes
@@ -57,7 +58,7 @@ class Backlog:
         self._counted += self._handed
         self._handed = 0
         seen = self._look()
-        if self._before is None or seen is None or seen[0] < self._last:  # it begins anew when the connection has ended
+        if self._before is None or seen is None:
             return False
         written, acknowledged = seen
         # Nothing was left to be written, and nothing has been since: whatever we have counted, Granian holds no more.
@@ -105,8 +106,8 @@ def _ask(here: str, port: int, there: str, their_port: int) -> tuple[int, int] |
 
 
 def _parse(answer: bytes) -> tuple[int, int] | None:
-    (kind,) = struct.unpack_from("=H", answer, 4)
-    if kind != SOCK_DIAG_BY_FAMILY:  # there is no such connection
+    kind, state = struct.unpack_from("=4xH11xB", answer)
+    if kind != SOCK_DIAG_BY_FAMILY or state == TCP_LISTEN:  # there is no such connection (any more)
         return None
     attribute = NLMSG + DIAG_MSG
     while attribute < len(answer):

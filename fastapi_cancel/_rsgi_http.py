@@ -30,7 +30,7 @@ PAUSES = (0.001, 0.05)  # seconds between two looks at what Granian holds: the f
 FAILURE: Head = [("content-type", "text/plain; charset=utf-8")]
 
 
-class Exchange:
+class Exchange(News):
     """A request and its response.
 
     :ivar gone: the client has left before it had its response
@@ -39,6 +39,7 @@ class Exchange:
     gone = False
     _over = False  # there is nothing more to receive: the client is gone, or has its response
     _finished = False  # the application has sent its last message
+    _body: _Body | None = None
     _leaving: asyncio.Future[Any] | None = None
     _status = 0
     _head: Head
@@ -53,13 +54,13 @@ class Exchange:
     def __init__(self, scope: Scope, protocol: HTTPProtocol) -> None:
         self._scope = scope
         self._protocol = protocol
-        self._news = News()
-        self._body = _Body(scope, protocol, self._news)
 
     # -- receiving ---------------------------------------------------------------------------
 
     async def receive(self) -> Message:
         """The application's ``receive``. After the client has left: http.disconnect, at once and always."""
+        if self._body is None:
+            self._body = _Body(self._scope, self._protocol, self)
         while not self._over:
             if self._body.more:
                 if (message := self._body.read()) is not None:
@@ -69,15 +70,15 @@ class Exchange:
                     break
             else:
                 self._watch()
-            await self._news.wait()
+            await self.wait()
         return {"type": "http.disconnect"}
 
     def _watch(self) -> None:
         if self._leaving is None:
-            self._leaving = self._news.ask(self._protocol.client_disconnect(), self._left)
+            self._leaving = self.ask(self._protocol.client_disconnect(), self._left)
 
-    def _left(self, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled() and not self._over:
+    def _left(self, _: asyncio.Future[Any]) -> None:
+        if not self._over:  # it may have been on its way when the response was complete
             self._leave()
 
     def _leave(self) -> None:
@@ -90,9 +91,11 @@ class Exchange:
         if self._opening is not None:
             self._opening.cancel()
         if self._leaving is not None:
+            self._leaving.remove_done_callback(self._left)
             self._leaving.cancel()
-        self._body.stop()
-        self._news.tell()
+        if self._body is not None:
+            self._body.stop()
+            self.tell()
 
     # -- sending -----------------------------------------------------------------------------
 
@@ -212,7 +215,8 @@ class Exchange:
 
     def close(self) -> None:
         """The application has ended. Whoever still holds on to ``receive`` is told so."""
-        self._end()
+        if not self._over:
+            self._end()
         if not self._answered:
             # Nobody receives the first one, but Granian's access log has its status from here.
             self._answered = True

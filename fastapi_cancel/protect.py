@@ -105,7 +105,8 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
 async def _answer(cause: Cause, scope: Scope, receive: Receive, send: Send) -> None:
     status = STATUS[cause]
     if status == 499:
-        with suppress(OSError):
+        with anyio.move_on_after(1, shield=True), suppress(OSError):
+            # Hypercorn: the last `send` on an HTTP/2 connection that is gone never returns.
             await PlainTextResponse(status_code=status)(scope, receive, send)
         return
 

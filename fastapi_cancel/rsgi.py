@@ -74,7 +74,7 @@ class RSGI:
             connection = Conversation(protocol)
         try:
             await self.app(asgi, connection.receive, connection.send)
-        except (Exception, BaseExceptionGroup) as exc:
+        except Exception as exc:
             if not is_quiet(exc):
                 logger.error("%s %s failed", asgi.get("method", "WebSocket"), scope.path, exc_info=exc)
         else:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from .live import LiveServer
+from fastapi_cancel.testing.live import LiveServer
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE = 20.0  # seconds: for what must happen; reached only by a bug
+SERVERS = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
 
 Start = Callable[..., LiveServer]
 NOT_TESTED = "NOT TESTED HERE:"
@@ -20,28 +26,39 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_sep("!", reason.removeprefix("Skipped: "), red=True, bold=True)
 
 
+def fresh(server: LiveServer) -> LiveServer:
+    """Forget what earlier tests left in the counters and the log."""
+    server.wait_for("/stats", running=0)
+    server.json("/reset")
+    server.mark()
+    return server
+
+
+def assert_nothing_left(server: LiveServer) -> None:
+    """No request, no task, no line in the log."""
+    server.wait_for("/stats", running=0, tasks=[])
+    assert server.complaints() == []
+
+
 @pytest.fixture(scope="session")
 def running() -> Iterator[Start]:
-    """``running(server, middleware)``: a live server of that kind."""
-    servers: dict[tuple[str, int], LiveServer] = {}
+    """``running(server, middleware, app)``: a live server of that kind."""
+    servers: dict[tuple[str, int, str], LiveServer] = {}
+    with ExitStack() as stack:
 
-    def start(server: str, middleware: int = 0) -> LiveServer:
-        key = (server, middleware)
-        if key not in servers:
-            servers[key] = LiveServer(server, middleware=middleware)
-        live = servers[key]
-        live.fresh()
-        return live
+        def start(server: str, middleware: int = 0, app: str = "tests.app:app") -> LiveServer:
+            key = (server, middleware, app)
+            if key not in servers:
+                live = LiveServer(app, server, env={"MIDDLEWARE": str(middleware)}, access_log=True)
+                servers[key] = stack.enter_context(live)
+            return fresh(servers[key])
 
-    yield start
-    for live in servers.values():
-        with live:
-            pass
+        yield start
 
 
 @pytest.fixture
 def uvicorn(running: Start) -> LiveServer:
-    return running("uvicorn-httptools")
+    return running("uvicorn")
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .live import DEADLINE, Client
+from fastapi_cancel.testing.sockets import RawClient
 
 SPARE = 500  # files, beside the sockets
 AT_A_TIME = 500  # connections that wait for their answer; servers' backlogs hold some 2,000
@@ -43,9 +42,9 @@ class Crowd:
     """
 
     def __init__(self, port: int, path: str, count: int, marker: bytes = b"first") -> None:
-        self.clients: list[Client] = []
+        self.clients: list[RawClient] = []
         for begin in range(0, count, AT_A_TIME):
-            some = [_Visitor(port, number) for number in range(begin, min(begin + AT_A_TIME, count))]
+            some = [_visitor(port, number) for number in range(begin, min(begin + AT_A_TIME, count))]
             self.clients += some
             for client in some:
                 client.request(path)
@@ -71,12 +70,9 @@ class Crowd:
         self.drop()
 
 
-class _Visitor(Client):
-    """One of many. They come from several addresses: one has ports for 28,000 connections, or for far fewer."""
-
-    def __init__(self, port: int, number: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE, (f"127.0.0.{1 + number % 8}", 0))
-        self.buffer = b""
+def _visitor(port: int, number: int) -> RawClient:
+    """They come from several addresses: one has ports for 28,000 connections, or for far fewer."""
+    return RawClient(port, source=f"127.0.0.{1 + number % 8}")
 
 
 class Process:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from .live import DEADLINE, free_port
+from fastapi_cancel.testing.live import free_port
+
+from .conftest import DEADLINE
 
 
 class RedisServer:

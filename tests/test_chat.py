@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from .live import DEADLINE, ROOT, Client
+from fastapi_cancel.testing.sockets import RawClient
+
+from .conftest import DEADLINE, ROOT
 
 PROMPT = 3.0  # seconds: what a person with a finger on Ctrl-C puts up with
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
@@ -70,19 +71,19 @@ class Demo(ExitStack):
         return self.process.wait(PROMPT)
 
     def get(self, path: str) -> Any:
-        with Client(self.port) as client:
+        with RawClient(self.port) as client:
             client.request(path, headers="Connection: close\r\n")
             return json.loads(client.response()[1])
 
     def post(self, message: dict[str, Any]) -> tuple[int, Any]:
         body = json.dumps(message).encode()
-        with Client(self.port) as client:
+        with RawClient(self.port) as client:
             client.request("/messages", "POST", "Content-Type: application/json\r\nConnection: close\r\n", body)
             status, answer = client.response()
             return status, json.loads(answer or "null")
 
 
-class Person(Client):
+class Person(RawClient):
     """Somebody in the room, reading server-sent events as the WHATWG says."""
 
     def __init__(self, demo: Demo, name: str) -> None:
@@ -168,8 +169,8 @@ def test_two_people_chat(demo: Demo) -> None:
             assert (said["name"], said["text"]) == ("Bob", "hello")
 
 
-@pytest.mark.parametrize("leave", [Client.abort, Client.close], ids=["RST", "FIN"])
-def test_who_leaves_is_announced_at_once(demo: Demo, leave: Callable[[Client], float]) -> None:
+@pytest.mark.parametrize("leave", [RawClient.abort, RawClient.close], ids=["RST", "FIN"])
+def test_who_leaves_is_announced_at_once(demo: Demo, leave: Callable[[RawClient], float]) -> None:
     with Person(demo, "Ada") as ada, Person(demo, "Bob") as bob:
         ada.sees("joined")
         left_at = leave(bob)
@@ -260,7 +261,7 @@ def test_headers_of_the_stream(demo: Demo) -> None:
 
 
 def test_page_needs_nothing_from_elsewhere(demo: Demo) -> None:
-    with Client(demo.port) as client:
+    with RawClient(demo.port) as client:
         client.request("/", headers="Connection: close\r\n")
         status, body = client.response()
     assert status == 200
@@ -279,8 +280,11 @@ def test_idle_stream_is_kept_alive_and_misses_nothing() -> None:
 def test_who_does_not_read_is_dropped() -> None:
     """With what two thousand characters of four bytes fill: the socket's buffers, then the queue."""
     change = "app.room.queue = 5\n__main__.main()"
-    with Demo("-c", PROBED + change) as demo, Person(demo, "Ada") as ada, Client(demo.port) as sleeper:
-        sleeper.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with (
+        Demo("-c", PROBED + change) as demo,
+        Person(demo, "Ada") as ada,
+        RawClient(demo.port, receive_buffer=4096) as sleeper,
+    ):
         sleeper.request("/events?name=Sleeper")
         ada.sees("joined")
         events = []
@@ -297,7 +301,7 @@ def test_nothing_remains_of_who_has_left() -> None:
     with Demo("-c", PROBED + "__main__.main()") as demo:
         before = demo.get("/stats")
         for number in range(50):
-            with Client(demo.port) as hasty:  # gone before the first byte of the answer
+            with RawClient(demo.port) as hasty:  # gone before the first byte of the answer
                 hasty.request("/events?name=Hasty")
                 hasty.abort()
             with Person(demo, f"guest {number}") as guest:
@@ -316,8 +320,11 @@ def test_stops_at_once_with_open_streams(sig: int) -> None:
 
 def test_stops_though_somebody_does_not_read() -> None:
     change = "app.room.queue = 10**6\n__main__.main()"
-    with Demo("-c", PROBED + change) as demo, Person(demo, "Ada") as ada, Client(demo.port) as sleeper:
-        sleeper.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with (
+        Demo("-c", PROBED + change) as demo,
+        Person(demo, "Ada") as ada,
+        RawClient(demo.port, receive_buffer=4096) as sleeper,
+    ):
         sleeper.request("/events?name=Sleeper")
         ada.sees("joined")
         for _ in range(700):

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,36 +19,26 @@ from urllib.parse import quote, urlencode
 import anyio
 import httpx
 import pytest
-from h2.config import H2Configuration
-from h2.connection import H2Connection
-from h2.errors import ErrorCodes
-from h2.events import DataReceived
 from httpx_sse import EventSource, ServerSentEvent, aconnect_sse, connect_sse
 
+from fastapi_cancel.testing.live import LiveServer
+
 from .client_app import NAMES, SEEN
-from .live import DEADLINE, LiveServer, live
+from .conftest import DEADLINE, Start
 
 APP = "tests.client_app:app"
 LINE_ENDS = pytest.mark.parametrize("sep", ["\r\n", "\n", "\r"], ids=["CRLF", "LF", "CR"])
 UNICODE_ID = "日本-é-😀"
 
 
-@pytest.fixture(scope="module")
-def uvicorn_once() -> Iterator[LiveServer]:
-    with live("uvicorn-httptools", APP) as server:
-        yield server
-
-
 @pytest.fixture
-def server(uvicorn_once: LiveServer) -> LiveServer:
-    uvicorn_once.fresh()
-    return uvicorn_once
+def server(running: Start) -> LiveServer:
+    return running("uvicorn", app=APP)
 
 
 def publish(server: LiveServer, **event: str) -> None:
-    with server.open(
-        "/publish", "POST", "Content-Type: application/json\r\nConnection: close\r\n", json.dumps(event).encode()
-    ) as client:
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    with server.open("/publish", "POST", headers, json.dumps(event).encode()) as client:
         status, body = client.response()
     assert status == 200, body
 
@@ -57,15 +46,12 @@ def publish(server: LiveServer, **event: str) -> None:
 def wait_for_heartbeats(server: LiveServer, count: int = 3) -> None:
     """Until so many more have gone out."""
     wanted = server.json("/stats")["heartbeats"] + count
-    end = time.monotonic() + DEADLINE
-    while server.json("/stats")["heartbeats"] < wanted:
-        assert time.monotonic() < end, "no heartbeats"
-        time.sleep(0.01)
+    server.wait_for("/stats", heartbeats=lambda heartbeats: heartbeats >= wanted)
 
 
 def assert_cleaned_up(server: LiveServer) -> None:
     """One client has left: the awaiting cleanup and the hooks have run to their end, and nobody complains."""
-    server.wait("/stats", running=0, cleaned=1, causes=["disconnect"])
+    server.wait_for("/stats", running=0, cleaned=1, causes=["disconnect"])
     assert server.complaints() == []
 
 
@@ -129,7 +115,7 @@ class Browser:
     def tab(self, server: LiveServer, **stream: object) -> Iterator[Tab]:
         """The page of the application, with an EventSource on a stream that has these parameters."""
         asked = urlencode({"stream": urlencode(stream), "name": NAMES}, doseq=True)
-        page = quote(f"http://127.0.0.1:{server.port}/page?{asked}")
+        page = quote(f"{server.url}/page?{asked}")
         tab = Tab(self, json.loads(self.devtools("PUT", f"/json/new?{page}"))["id"])
         try:
             yield tab
@@ -160,15 +146,15 @@ def browser() -> Iterator[Browser]:
 def test_browser_sees_every_kind_of_event(server: LiveServer, browser: Browser, sep: str) -> None:
     """C19: several lines, named, empty, long, with ids, U+2028, emoji; of every type that a stream may yield."""
     with browser.tab(server, everything=1, sep=sep):
-        server.wait("/stats", seen=[["open"], *SEEN])
+        server.wait_for("/stats", seen=[["open"], *SEEN])
 
 
 def test_browser_is_open_before_the_first_event(server: LiveServer, browser: Browser) -> None:
     """Issue 3: the head of the response waits neither for the first event nor for a heartbeat."""
     with browser.tab(server):
-        server.wait("/stats", seen=[["open"]])
+        server.wait_for("/stats", seen=[["open"]])
         publish(server, data="first")
-        server.wait("/stats", seen=[["open"], ["message", "first", ""]])
+        server.wait_for("/stats", seen=[["open"], ["message", "first", ""]])
 
 
 def test_heartbeats_are_no_events_to_a_browser(server: LiveServer, browser: Browser) -> None:
@@ -176,10 +162,10 @@ def test_heartbeats_are_no_events_to_a_browser(server: LiveServer, browser: Brow
     with browser.tab(server, heartbeat=0.05):
         wait_for_heartbeats(server)
         publish(server, data="named", event="named", id="1")
-        server.wait("/stats", seen=[["open"], ["named", "named", "1"]])
+        server.wait_for("/stats", seen=[["open"], ["named", "named", "1"]])
         wait_for_heartbeats(server)
         publish(server, data="unnamed")
-        server.wait("/stats", seen=[["open"], ["named", "named", "1"], ["message", "unnamed", "1"]])
+        server.wait_for("/stats", seen=[["open"], ["named", "named", "1"], ["message", "unnamed", "1"]])
 
 
 def test_browser_misses_nothing_when_its_connection_is_cut(server: LiveServer, browser: Browser) -> None:
@@ -187,45 +173,45 @@ def test_browser_misses_nothing_when_its_connection_is_cut(server: LiveServer, b
     with browser.tab(server, retry=20):
         for number in range(1, 9):
             if number % 2:
-                server.wait("/stats", opened=number // 2 + 1)
+                server.wait_for("/stats", opened=number // 2 + 1)
             else:
                 server.json("/drop")
             publish(server, data="data", id=f"{number}")
-        server.wait("/stats", opened=5, dispatched=[["message", "data", f"{number}"] for number in range(1, 9)])
-    server.wait("/stats", running=0, cleaned=5)
+        server.wait_for("/stats", opened=5, dispatched=[["message", "data", f"{number}"] for number in range(1, 9)])
+    server.wait_for("/stats", running=0, cleaned=5)
     assert server.complaints() == []
 
 
 def test_browser_comes_back_with_the_last_id(server: LiveServer, browser: Browser) -> None:
     """Issue 3: after a cut, the browser sends the id of the last event that it saw; as UTF-8."""
     with browser.tab(server, retry=20):
-        server.wait("/stats", opened=1)
+        server.wait_for("/stats", opened=1)
         publish(server, data="seen", id=UNICODE_ID)
         publish(server, data="seen too")
-        server.wait("/stats", dispatched=[["message", "seen", UNICODE_ID], ["message", "seen too", UNICODE_ID]])
+        server.wait_for("/stats", dispatched=[["message", "seen", UNICODE_ID], ["message", "seen too", UNICODE_ID]])
         server.json("/drop")
-        server.wait("/stats", opened=2, came_with=[None, UNICODE_ID])
+        server.wait_for("/stats", opened=2, came_with=[None, UNICODE_ID])
 
 
 def test_browser_waits_as_long_as_it_is_told(server: LiveServer, browser: Browser) -> None:
     """Issue 3: ``retry`` holds; Chromium by itself would be back after 3 s."""
     with browser.tab(server, retry=3300):
-        server.wait("/stats", opened=1)
+        server.wait_for("/stats", opened=1)
         dropped = server.json("/drop")
-        came = server.wait("/stats", came_with=[None, None])["came"]
+        came = server.wait_for("/stats", came_with=[None, None])["came"]
         assert came[1][1] - dropped > 3.25
 
 
 def test_browser_hears_the_farewell_and_comes_back(server: LiveServer, browser: Browser) -> None:
     """C22: draining is an event to the page; the browser then comes back by itself, and misses nothing."""
     with browser.tab(server, retry=20):
-        server.wait("/stats", opened=1)
+        server.wait_for("/stats", opened=1)
         publish(server, data="before", id="1")
-        server.wait("/stats", dispatched=[["message", "before", "1"]])
+        server.wait_for("/stats", dispatched=[["message", "before", "1"]])
         assert server.json("/drain") == 1
         publish(server, data="after", id="2")
         expected = [["message", "before", "1"], ["farewell", "see you", "1"], ["message", "after", "2"]]
-        server.wait("/stats", dispatched=expected, came_with=[None, "1"], cleaned=1, causes=["shutdown"])
+        server.wait_for("/stats", dispatched=expected, came_with=[None, "1"], cleaned=1, causes=["shutdown"])
     assert server.complaints() == []
 
 
@@ -233,7 +219,7 @@ def test_browser_hears_the_farewell_and_comes_back(server: LiveServer, browser: 
 def test_closing_the_page_reaches_the_generator(server: LiveServer, browser: Browser, leave: str) -> None:
     """C1, C7, C13: a browser that leaves an idle stream, either way."""
     with browser.tab(server) as tab:
-        server.wait("/stats", opened=1)
+        server.wait_for("/stats", opened=1)
         if leave == "tab closed":
             tab.close()
         else:
@@ -254,11 +240,11 @@ def as_seen(sse: ServerSentEvent) -> list[str]:
 
 
 def httpx_client(server: LiveServer) -> httpx.Client:
-    return httpx.Client(base_url=f"http://127.0.0.1:{server.port}", trust_env=False, timeout=DEADLINE)
+    return httpx.Client(base_url=server.url, trust_env=False, timeout=DEADLINE)
 
 
 def httpx_async_client(server: LiveServer) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False, timeout=DEADLINE)
+    return httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=DEADLINE)
 
 
 @LINE_ENDS
@@ -299,7 +285,7 @@ def test_httpx_sse_goes_on_where_it_left_off(server: LiveServer) -> None:
             seen = list(islice(source.iter_sse(), 2))[-1].id
         with connect_sse(client, "GET", "/events", headers={"Last-Event-ID": seen.encode()}) as source:
             assert [sse.id for sse in islice(source.iter_sse(), 1)] == ["3"]
-    server.wait("/stats", running=0, cleaned=2, came_with=[None, UNICODE_ID])
+    server.wait_for("/stats", running=0, cleaned=2, came_with=[None, UNICODE_ID])
     assert server.complaints() == []
 
 
@@ -361,16 +347,9 @@ def test_curl_sees_every_kind_of_event(server: LiveServer) -> None:
         assert_cleaned_up(server)
 
 
-@pytest.fixture(scope="module")
-def hypercorn_once() -> Iterator[LiveServer]:
-    with live("hypercorn", APP) as server:
-        yield server
-
-
 @pytest.fixture
-def hypercorn(hypercorn_once: LiveServer) -> LiveServer:
-    hypercorn_once.fresh()
-    return hypercorn_once
+def hypercorn(running: Start) -> LiveServer:
+    return running("hypercorn", app=APP)
 
 
 def test_http2_client_sees_every_kind_of_event(hypercorn: LiveServer) -> None:
@@ -386,59 +365,16 @@ def test_http2_client_sees_every_kind_of_event(hypercorn: LiveServer) -> None:
         assert_cleaned_up(hypercorn)
 
 
-class HTTP2Client:
-    """One connection; its streams are left one by one, as browsers do."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
-        self.connection = H2Connection(H2Configuration(header_encoding="utf-8"))
-        self.bodies: dict[int, bytes] = {}
-        self.connection.initiate_connection()
-        self.flush()
-
-    def flush(self) -> None:
-        self.socket.sendall(self.connection.data_to_send())
-
-    def get(self, path: str) -> int:
-        """The number of the stream."""
-        stream = self.connection.get_next_available_stream_id()
-        head = [(":method", "GET"), (":scheme", "http"), (":authority", "x"), (":path", path)]
-        self.connection.send_headers(stream, head, end_stream=True)
-        self.flush()
-        self.bodies[stream] = b""
-        return stream
-
-    def until(self, stream: int, marker: bytes) -> None:
-        while marker not in self.bodies[stream]:
-            received = self.socket.recv(65536)
-            assert received, f"closed before {marker!r}: {self.bodies!r}"
-            for event in self.connection.receive_data(received):
-                if isinstance(event, DataReceived):
-                    self.bodies[event.stream_id] += event.data
-                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-            self.flush()
-
-    def leave(self, stream: int) -> None:
-        self.connection.reset_stream(stream, ErrorCodes.CANCEL)
-        self.flush()
-
-    def __enter__(self) -> HTTP2Client:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.socket.close()
-
-
 def test_http2_stream_that_is_reset_is_cleaned_up_alone(hypercorn: LiveServer) -> None:
     """C1, C7: RST_STREAM reaches the generator; another stream on the same connection goes on."""
-    with HTTP2Client(hypercorn.port) as client:
-        streams = [client.get("/events"), client.get("/events")]
+    with hypercorn.open_http2() as client:
+        streams = [client.request("/events"), client.request("/events")]
         publish(hypercorn, data="first")
         for stream in streams:
-            client.until(stream, b"data: first\r\n\r\n")
-        client.leave(streams[0])
-        hypercorn.wait("/stats", running=1, cleaned=1, causes=["disconnect"])
+            stream.until(b"data: first\r\n\r\n")
+        streams[0].reset()
+        hypercorn.wait_for("/stats", running=1, cleaned=1, causes=["disconnect"])
         publish(hypercorn, data="second")
-        client.until(streams[1], b"data: second\r\n\r\n")
-    hypercorn.wait("/stats", running=0, cleaned=2, causes=["disconnect"] * 2)
+        streams[1].until(b"data: second\r\n\r\n")
+    hypercorn.wait_for("/stats", running=0, cleaned=2, causes=["disconnect"] * 2)
     assert hypercorn.complaints() == []

@@ -31,8 +31,7 @@ from sse_starlette.event import ensure_bytes
 
 from fastapi_cancel import InvalidEvent, JSONServerSentEvent, LastEventID, ServerSentEvent, SSEResponse
 from fastapi_cancel.events import encode, is_whole
-
-from .asgi import Connection
+from fastapi_cancel.testing import LeavingClient
 
 SEPARATORS = ["\r\n", "\n", "\r"]
 NO_LINE_ENDS = ["\u2028", "\u2029", "\u0085", "\v", "\f", "\x1c", "\x1d", "\x1e", "\0"]
@@ -441,19 +440,19 @@ def test_what_we_encode_is_whole(item: Any, sep: str) -> None:
 @pytest.mark.parametrize("pieces", [[b"data: a\n\n"], [b"data: a\n", b"\n"], [b"data: a\r", b"\r\n"]], ids=repr)
 async def test_an_event_in_pieces_is_followed_by_heartbeats(pieces: list[bytes]) -> None:
     """C20: bytes go out as they are, and may be split anywhere."""
-    connection = Connection()
 
     async def feed() -> AsyncIterator[Any]:
         for piece in pieces:
             yield piece
-            while piece not in connection.body:
+            while piece not in visit.body:
                 await anyio.sleep(0.001)
-        while b"ping" not in connection.body:
+        while b"ping" not in visit.body:
             await anyio.sleep(0.001)
 
-    with anyio.fail_after(5):
-        await connection.run(SSEResponse(feed(), heartbeat=0.01))
-    assert connection.body.startswith(b"".join(pieces) + b": ping")
+    async with LeavingClient(SSEResponse(feed(), heartbeat=0.01)).visit("GET", "/") as visit:
+        pass
+    visit.assert_clean()
+    assert visit.body.startswith(b"".join(pieces) + b": ping")
 
 
 # -- any events at all -------------------------------------------------------------------------
@@ -599,14 +598,9 @@ def test_a_client_gets_what_was_sent(sent: list[Sent], sep: str, data: st.DataOb
 @example([Sent("x" * 40_000, "x" * 40_000)] * 4, "\n")
 def test_a_response_sends_the_events_and_nothing_else(sent: list[Sent], sep: str) -> None:
     """However they are gathered; ``None`` is skipped."""
-
-    async def serve() -> bytes:
-        connection = Connection()
-        items = [item for each in sent for item in (each.item, None)]
-        await connection.run(SSEResponse(items, sep=sep, heartbeat=None))
-        return connection.body
-
-    assert anyio.run(serve) == b"".join(encode(each.item, sep)[0] for each in sent)
+    items = [item for each in sent for item in (each.item, None)]
+    visit = anyio.run(LeavingClient(SSEResponse(items, sep=sep, heartbeat=None)).get, "/")
+    assert visit.body == b"".join(encode(each.item, sep)[0] for each in sent)
 
 
 # -- the way back ------------------------------------------------------------------------------
@@ -616,14 +610,14 @@ def test_a_response_sends_the_events_and_nothing_else(sent: list[Sent], sep: str
 @pytest.mark.parametrize(
     ("headers", "last_id"),
     [
-        ([], None),
-        ([(b"last-event-id", b"")], ""),
-        ([(b"last-event-id", b"17")], "17"),
-        ([(b"last-event-id", "grüße-🎉".encode())], "grüße-🎉"),
-        ([(b"last-event-id", b"caf\xe9")], "caf\ufffd"),
+        ({}, None),
+        ({"last-event-id": ""}, ""),
+        ({"last-event-id": "17"}, "17"),
+        ({"last-event-id": "grüße-🎉".encode().decode("latin-1")}, "grüße-🎉"),
+        ({"last-event-id": "caf\xe9"}, "caf\ufffd"),
     ],
 )
-async def test_the_id_that_a_client_comes_back_with(headers: list[tuple[bytes, bytes]], last_id: str | None) -> None:
+async def test_the_id_that_a_client_comes_back_with(headers: dict[str, str], last_id: str | None) -> None:
     """HTML standard, section 9.2.3: browsers send it as UTF-8."""
     app = FastAPI()
 
@@ -631,9 +625,8 @@ async def test_the_id_that_a_client_comes_back_with(headers: list[tuple[bytes, b
     async def events(last: LastEventID) -> dict[str, str | None]:
         return {"last": last}
 
-    connection = Connection(headers=headers)
-    await connection.run(app)
-    assert json.loads(connection.body) == {"last": last_id}
+    visit = await LeavingClient(app).get("/", headers=headers)
+    assert json.loads(visit.body) == {"last": last_id}
 
 
 def test_the_id_is_documented_as_a_header() -> None:

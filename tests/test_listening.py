@@ -26,8 +26,9 @@ import uvicorn
 
 from fastapi_cancel import listening
 from fastapi_cancel.listening import limit_silence, listening_socket, main
+from fastapi_cancel.testing.sockets import RawClient
 
-from .live import DEADLINE, ROOT, Client
+from .conftest import DEADLINE, ROOT
 from .silent_app import NAMES, SERVERS, app
 
 SECONDS = [3, 3.5, 4.5, 5, 7, 10, 29.9, 30, 60, 3600, 86400]
@@ -246,7 +247,7 @@ def test_options_that_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def ask_for_options(listener: socket.socket) -> dict[str, int]:
-    with Client(listener.getsockname()[1]) as client:
+    with RawClient(listener.getsockname()[1]) as client:
         client.request("/options", headers="Connection: close\r\n")
         status, body = client.response()
     assert status == 200

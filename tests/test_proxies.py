@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from .live import DEADLINE, Client, LiveServer, free_port, live
-from .test_clients import APP, Curl, HTTP2Client, assert_cleaned_up, publish
+from fastapi_cancel.testing.http2 import Http2Client
+from fastapi_cancel.testing.live import LiveServer, free_port
+from fastapi_cancel.testing.sockets import RawClient
+
+from .conftest import DEADLINE, Start
+from .test_clients import APP, Curl, assert_cleaned_up, publish
 
 IDLE = 2  # seconds without a byte from the server, after which an impatient proxy gives up
 
@@ -110,14 +114,14 @@ class Proxy:
             try:
                 with self.open("default", "/stats") as client:
                     return client.until(b"\r\n").startswith(b"HTTP/1.1 200")
-            except (OSError, AssertionError):
+            except OSError:
                 time.sleep(0.02)
         return False
 
-    def open(self, way: str, path: str) -> Client | Curl:
+    def open(self, way: str, path: str) -> RawClient | Curl:
         if way == "http2":
             return Curl(self.ports[way], path, "--http2-prior-knowledge")
-        client = Client(self.ports[way])
+        client = RawClient(self.ports[way])
         client.request(path)
         return client
 
@@ -133,23 +137,21 @@ def free_ports() -> dict[str, int]:
     return dict(zip(WAYS, ports, strict=True))
 
 
-@pytest.fixture(scope="module")
-def uvicorn_once() -> Iterator[LiveServer]:
+def uvicorn(running: Start) -> LiveServer:
     # h11 sends no chunks to an HTTP/1.0 client: such a stream nginx would hold back. Chunks it passes on anyway.
-    with live("uvicorn-h11", APP) as server:
-        yield server
+    return running("uvicorn-h11", app=APP)
 
 
 @pytest.fixture(scope="module")
-def nginx(uvicorn_once: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    proxy = Proxy("nginx", uvicorn_once, tmp_path_factory.mktemp("nginx"))
+def nginx(running: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    proxy = Proxy("nginx", uvicorn(running), tmp_path_factory.mktemp("nginx"))
     yield proxy
     proxy.stop()
 
 
 @pytest.fixture(scope="module")
-def haproxy(uvicorn_once: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    proxy = Proxy("haproxy", uvicorn_once, tmp_path_factory.mktemp("haproxy"))
+def haproxy(running: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    proxy = Proxy("haproxy", uvicorn(running), tmp_path_factory.mktemp("haproxy"))
     yield proxy
     proxy.stop()
 
@@ -161,18 +163,8 @@ def proxy(request: pytest.FixtureRequest) -> Proxy:
 
 
 @pytest.fixture
-def server(uvicorn_once: LiveServer) -> LiveServer:
-    uvicorn_once.fresh()
-    return uvicorn_once
-
-
-def read_rest(client: Client | Curl) -> bytes:
-    """What comes until the connection is closed."""
-    assert isinstance(client, Client)
-    rest, client.buffer = client.buffer, b""
-    while received := client.socket.recv(65536):
-        rest += received
-    return rest
+def server(running: Start) -> LiveServer:
+    return uvicorn(running)
 
 
 @pytest.mark.parametrize("way", ["default", "http2", "tuned"])
@@ -189,13 +181,11 @@ def test_events_arrive_as_they_are_sent(server: LiveServer, proxy: Proxy, way: s
 def test_nginx_holds_events_back_unless_told(server: LiveServer, nginx: Proxy) -> None:
     """Issue 3: what ``X-Accel-Buffering: no`` is for: where it is ignored, the events come at the end, together."""
     with nginx.open("deaf", "/events") as client:
-        assert isinstance(client, Client)
-        server.wait("/stats", running=1)
+        assert isinstance(client, RawClient)
+        server.wait_for("/stats", running=1)
         publish(server, data="held")
-        client.socket.settimeout(0.5)
         with pytest.raises(TimeoutError):
-            client.until(b"data: held")
-        client.socket.settimeout(DEADLINE)
+            client.until(b"data: held", timeout=0.5)
         server.json("/drain")
         client.until(b"data: held\r\n\r\nevent: farewell\r\n")
 
@@ -224,10 +214,10 @@ def test_leaving_a_silent_stream_reaches_the_generator(server: LiveServer, proxy
 
 def test_stream_that_is_reset_reaches_the_generator(server: LiveServer, proxy: Proxy) -> None:
     """C1, C7, C13: as browsers leave over HTTP/2, whose connection stays."""
-    with HTTP2Client(proxy.ports["http2"]) as client:
-        stream = client.get("/events?heartbeat=0.1")
-        client.until(stream, b": ping")
-        client.leave(stream)
+    with Http2Client(proxy.ports["http2"]) as client:
+        stream = client.request("/events?heartbeat=0.1")
+        stream.until(b": ping")
+        stream.reset()
         assert_cleaned_up(server)
 
 
@@ -238,10 +228,11 @@ def test_heartbeats_keep_an_idle_stream_open(server: LiveServer, proxy: Proxy) -
         proxy.open("impatient", "/events") as silent,
     ):
         opened = time.monotonic()
-        server.wait("/stats", running=2)
-        cut = read_rest(silent)
+        server.wait_for("/stats", running=2)
+        assert isinstance(silent, RawClient)
+        cut = silent.until_closed()
         assert b"200 OK" in cut and not cut.endswith(b"0\r\n\r\n")
-        server.wait("/stats", running=1, cleaned=1, causes=["disconnect"])
+        server.wait_for("/stats", running=1, cleaned=1, causes=["disconnect"])
         while time.monotonic() < opened + 3 * IDLE:
             kept.until(b": ping")
         publish(server, data="still here")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import NOT_TESTED
-from .live import DEADLINE, ROOT
+from .conftest import DEADLINE, NOT_TESTED, ROOT
 from .silence import SERVER, Cable, Machine, Unavailable, program
 from .silent_app import SERVERS
 

@@ -121,7 +121,7 @@ def test_a_client_that_does_not_read_fills_up_soon(listener: Listener) -> None:
     """``receive_buffer``: else the system would hold megabytes for it."""
 
     def taken(receive_buffer: int | None) -> int:
-        client, end = listener.connect(receive_buffer)
+        _, end = listener.connect(receive_buffer)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         end.settimeout(0.2)
         size = 0
@@ -199,7 +199,7 @@ def test_what_does_not_come_is_named_with_what_came(listener: Listener) -> None:
 
 def test_nothing_at_all_came(listener: Listener) -> None:
     client, _ = listener.connect()
-    with pytest.raises(TimeoutError, match="in time; received so far: 0 bytes$"):
+    with pytest.raises(TimeoutError, match=r"in time; received so far: 0 bytes$"):
         client.until(b"first", timeout=0.05)
 
 
@@ -235,7 +235,7 @@ def test_a_fin_and_a_reset_are_told_apart(listener: Listener) -> None:
     end.sendall(b"some")
     end.close()
     with pytest.raises(
-        ConnectionError, match="the server closed the connection before b'more' came; .* b'some'"
+        ConnectionError, match=r"the server closed the connection before b'more' came; .* b'some'"
     ) as fin:
         client.until(b"more")
     assert not isinstance(fin.value, ConnectionResetError)
@@ -243,7 +243,7 @@ def test_a_fin_and_a_reset_are_told_apart(listener: Listener) -> None:
     end.sendall(b"some")
     client.until(b"so")
     RawClient.abort(_as_client(end))
-    with pytest.raises(ConnectionResetError, match="the server reset the connection before b'more' came; .* b'some'"):
+    with pytest.raises(ConnectionResetError, match=r"the server reset the connection before b'more' came; .* b'some'"):
         client.until(b"more")
 
 
@@ -316,7 +316,7 @@ def test_a_stream_that_is_cut_off_has_no_rest(listener: Listener) -> None:
     end.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n")
     end.close()
     client.until(b"first")
-    with pytest.raises(ConnectionError, match="before the last chunk came; .*first"):
+    with pytest.raises(ConnectionError, match=r"before the last chunk came; .*first"):
         client.rest()
 
 

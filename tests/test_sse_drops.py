@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
+from fastapi_cancel.testing.live import LiveServer
+from fastapi_cancel.testing.sockets import RawClient
+
+from .conftest import SERVERS as ALL
 from .conftest import Start
-from .live import DEADLINE, Client, LiveServer
-from .live import SERVERS as ALL
 from .sse_app import PACED, paced_data
 
 SERVERS = [*ALL, "uvicorn-uvloop", "hypercorn-trio"]
@@ -20,29 +22,17 @@ WITH_BACK_PRESSURE = [server for server in SERVERS if server != "daphne"]  # it 
 INTERRUPTIBLE = [server for server in WITH_BACK_PRESSURE if server != "hypercorn-trio"]
 # What a server may say where nobody can help it.
 CUT_OFF = "without completing"  # a client that does not read cannot be sent the end of the response
-WRITTEN_TOO_LATE = "socket.send() raised exception"  # what was on its way through the layers (Hypercorn)
+WRITTEN_TOO_LATE = r"socket\.send\(\) raised exception"  # what was on its way through the layers (Hypercorn)
 MARKS = ["cleanup", "generator", "on_disconnect"]
 
 
-@pytest.fixture(scope="module")
-def serving() -> Iterator[Start]:
+@pytest.fixture
+def serving(running: Start) -> Start:
     """``serving(server, middleware)``: a live server with the event streams."""
-    servers: dict[tuple[str, int], LiveServer] = {}
-
-    def start(server: str, middleware: int = 0) -> LiveServer:
-        key = (server, middleware)
-        if key not in servers:
-            servers[key] = LiveServer(server, "tests.sse_app:app", middleware=middleware)
-        servers[key].fresh()
-        return servers[key]
-
-    yield start
-    for server in servers.values():
-        with server:
-            pass
+    return partial(running, app="tests.sse_app:app")
 
 
-def open_idle(live: LiveServer, path: str, count: int = 5) -> list[Client]:
+def open_idle(live: LiveServer, path: str, count: int = 5) -> list[RawClient]:
     clients = [live.open(path) for _ in range(count)]
     for client in clients:
         client.until(b"first")
@@ -52,12 +42,9 @@ def open_idle(live: LiveServer, path: str, count: int = 5) -> list[Client]:
 def ended(live: LiveServer, count: int, marks: list[str] = MARKS, may_say: str | None = None) -> dict[str, Any]:
     """Wait until all is over: each of ``marks`` was left by each stream, once, and nothing else was."""
     expected = sorted(f"{number} {name}" for number in range(1, count + 1) for name in marks)
-    end = time.monotonic() + DEADLINE
-    while len(live.json("/stats")["seen"]) < len(expected) and time.monotonic() < end:
-        time.sleep(0.005)
-    state = live.wait("/stats", running=0, tasks=[])
+    state = live.wait_for("/stats", running=0, tasks=[], seen=lambda seen: len(seen) >= len(expected))
     assert sorted(state["seen"]) == expected
-    assert [line for line in live.complaints() if may_say is None or may_say not in line] == []
+    assert live.complaints(*filter(None, [may_say])) == []
     return state
 
 
@@ -96,11 +83,9 @@ def test_clients_drop_in_the_middle_of_a_burst(serving: Start, server: str, midd
     ended(live, 5, may_say=WRITTEN_TOO_LATE if middleware else None)
 
 
-def wait_until_stuck(live: LiveServer) -> None:
-    """Wait until the content has not been asked for an event for 0.2 s."""
-    end = time.monotonic() + DEADLINE
-    while time.monotonic() - live.json("/stats").get("asked_at", time.monotonic()) < 0.2:
-        assert time.monotonic() < end, "the socket is never full"
+def has_been_stuck(asked_at: float | None) -> bool:
+    """Whether the content has not been asked for an event for 0.2 s."""
+    return asked_at is not None and time.monotonic() - asked_at >= 0.2
 
 
 @pytest.mark.parametrize("content", ["flood", "big_then_small", "small_then_big"])
@@ -110,8 +95,7 @@ def test_a_client_drops_while_its_socket_is_full(serving: Start, server: str, mi
     """C7: one interruption, whether the stream's task waits in ``send`` or its helper does."""
     live = serving(server, middleware)
     client = live.open(f"/route/{content}?heartbeat=0.05")
-    live.wait("/stats", started=1)
-    wait_until_stuck(live)
+    live.wait_for("/stats", started=1, asked_at=has_been_stuck)
     client.abort()
     state = ended(live, 1, may_say=WRITTEN_TOO_LATE if middleware else None)
     assert state["info"]["cause"] == "disconnect"
@@ -143,7 +127,7 @@ def test_client_gone_before_the_first_event(serving: Start, server: str, app: st
     """C11: the generator waits for its first event when the client leaves."""
     live = serving(server)
     clients = [live.open(f"/{app}/silent") for _ in range(5)]
-    live.wait("/stats", started=5)
+    live.wait_for("/stats", started=5)
     for client in clients:
         client.abort()
     info = ended(live, 5)["info"]
@@ -156,7 +140,7 @@ def test_client_gone_before_the_response_starts(serving: Start, server: str, mid
     """C11, stemdeckapp/stemdeck#513: the hooks run once although the generator never started."""
     live = serving(server, middleware)
     client = live.open("/route/late")
-    live.wait("/stats", waiting=1)
+    live.wait_for("/stats", waiting=1)
     client.abort()
     state = ended(live, 1, ["cleanup", "on_disconnect"])
     assert state["started"] == 0
@@ -168,13 +152,10 @@ def test_client_gone_before_an_unwatched_response_starts(serving: Start, server:
     """C11: without our route the response hears of it only when it runs; its hooks run all the same."""
     live = serving(server)
     client = live.open(f"/{app}/late")
-    live.wait("/stats", waiting=1)
+    live.wait_for("/stats", waiting=1)
     client.abort()
     live.get("/open-gates")
-    end = time.monotonic() + DEADLINE
-    while "1 on_disconnect" not in live.json("/stats")["seen"]:
-        assert time.monotonic() < end, live.json("/stats")
-    state = live.wait("/stats", running=0, tasks=[])
+    state = live.wait_for("/stats", running=0, tasks=[], seen=lambda seen: "1 on_disconnect" in seen)
     ended(live, 1, MARKS if state["started"] else ["cleanup", "on_disconnect"])
 
 
@@ -194,7 +175,7 @@ def test_head_opens_no_stream(serving: Start, server: str, app: str) -> None:
 def test_a_connection_serves_on_after_a_finished_stream(serving: Start, server: str, middleware: int) -> None:
     """C5: a complete stream is not a disconnect, and leaves its connection as it was."""
     live = serving(server, middleware)
-    with Client(live.port) as client:
+    with live.connect() as client:
         for _ in range(3):
             client.request("/route/finite?heartbeat=0.05")
             status, body = client.response()
@@ -202,7 +183,7 @@ def test_a_connection_serves_on_after_a_finished_stream(serving: Start, server: 
         client.request("/route/idle")
         client.until(b"first")
         client.abort()
-    state = live.wait("/stats", running=0, tasks=[])
+    state = live.wait_for("/stats", running=0, tasks=[])
     assert sorted(mark for mark in state["seen"] if "on_disconnect" in mark) == ["4 on_disconnect"]
     assert len(state["seen"]) == 3 * 2 + 3
     assert live.complaints() == []
@@ -242,7 +223,7 @@ def test_events_arrive_once_and_in_order_between_heartbeats(serving: Start, serv
     ended(live, 1, ["cleanup", "generator"])
 
 
-def slowly_read(client: Client) -> bytes:
+def slowly_read(client: RawClient) -> bytes:
     """A chunked body, read in small pieces with pauses, so that the server has to wait."""
     body = b""
     while size := int(client.until(b"\r\n"), 16):

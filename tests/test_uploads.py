@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
-from .conftest import Start
-from .live import Client, LiveServer
+from fastapi_cancel.testing.live import LiveServer
+
+from .conftest import Start, assert_nothing_left
 
 # Daphne starts the application only once the whole body is in.
-STREAMING = ["uvicorn-httptools", "uvicorn-h11", "gunicorn", "hypercorn", "granian"]
+STREAMING = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian"]
 MIB = 1 << 20
-
-
-def assert_nothing_left(server: LiveServer) -> None:
-    server.wait("/stats", running=0, tasks=[])
-    assert server.complaints() == []
 
 
 @pytest.mark.parametrize("middleware", [0, 5])
@@ -25,11 +19,10 @@ def test_upload_cut_in_the_middle(running: Start, server: str, middleware: int) 
     """C4: `request.stream()` ends with ClientDisconnect, and the cleanup awaits."""
     live = running(server, middleware)
     client = live.open("/upload", "POST", f"Content-Length: {MIB}\r\n", b"x" * 1000)
-    live.wait("/stats", started=1)
-    while live.json("/stats")["seen"][:1] != [1000]:
-        pass
+    live.wait_for("/stats", started=1)
+    live.wait_for("/stats", seen=lambda seen: seen[:1] == [1000])
     client.abort()
-    assert live.wait("/stats", cleaned=1)["seen"] == ["ClientDisconnect"]
+    assert live.wait_for("/stats", cleaned=1)["seen"] == ["ClientDisconnect"]
     assert_nothing_left(live)
 
 
@@ -38,9 +31,9 @@ def test_client_leaves_while_the_handler_works_on_a_piece(running: Start, server
     """C4: one message is read ahead, and that one is the disconnect."""
     live = running(server)
     client = live.open("/upload-then-work", "POST", f"Content-Length: {MIB}\r\n", b"x" * 1000)
-    live.wait("/stats", seen=["chunk"])
+    live.wait_for("/stats", seen=["chunk"])
     client.abort()
-    live.wait("/stats", cleaned=1)
+    live.wait_for("/stats", cleaned=1)
     assert_nothing_left(live)
 
 
@@ -54,7 +47,7 @@ def test_the_body_reaches_the_handler_whole(running: Start, server: str) -> None
     assert_nothing_left(live)
 
 
-@pytest.mark.parametrize("server", ["uvicorn-httptools", "uvicorn-h11", "gunicorn"])
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn-h11", "gunicorn"])
 def test_an_expected_continue_is_refused_without_inviting_the_body(running: Start, server: str) -> None:
     """C4: the handler waits before it refuses; reading ahead would send "100 Continue" meanwhile."""
     live = running(server)
@@ -64,12 +57,12 @@ def test_an_expected_continue_is_refused_without_inviting_the_body(running: Star
     assert_nothing_left(live)
 
 
-@pytest.mark.parametrize("server", ["uvicorn-httptools", "uvicorn-h11", "gunicorn"])
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn-h11", "gunicorn"])
 def test_an_expected_continue_is_sent_when_the_handler_reads(running: Start, server: str) -> None:
     live = running(server)
     with live.open("/upload", "POST", "Content-Length: 4\r\nExpect: 100-continue\r\n") as client:
         assert client.head()[0] == 100
-        client.socket.sendall(b"body")
+        client.send(b"body")
         status, body = client.response()
     assert status == 200
     assert b'"size":4' in body
@@ -82,9 +75,8 @@ def test_a_large_upload_read_slowly_stays_out_of_memory(running: Start, server: 
     before = live.json("/stats")["memory"]
     size = 50 * MIB
     with live.open("/upload?stall=0.5&pause=0.001", "POST", f"Content-Length: {size}\r\n") as client:
-        sent = 0
-        while sent < size:
-            sent += client.socket.send(b"x" * min(MIB, size - sent))
+        for _ in range(size // MIB):
+            client.send(b"x" * MIB)
         status, _ = client.response()
         assert status == 200
     state = live.json("/stats")
@@ -96,16 +88,16 @@ def test_a_large_upload_read_slowly_stays_out_of_memory(running: Start, server: 
 def test_half_closed_client_still_gets_its_answer_or_is_gone(uvicorn: LiveServer) -> None:
     """A FIN is a disconnect to uvicorn: the handler is not left running."""
     client = uvicorn.open("/handler")
-    uvicorn.wait("/stats", started=1)
-    client.socket.shutdown(socket.SHUT_WR)
-    uvicorn.wait("/stats", cleaned=1)
+    uvicorn.wait_for("/stats", started=1)
+    client.half_close()
+    uvicorn.wait_for("/stats", cleaned=1)
     client.close()
     assert_nothing_left(uvicorn)
 
 
 def test_pipelined_clients_do_not_disturb_each_other(uvicorn: LiveServer) -> None:
     """C1: what is read ahead belongs to one request only."""
-    with Client(uvicorn.port) as client:
+    with uvicorn.connect() as client:
         for size in (1, 70_000, 3):
             client.request("/upload", "POST", body=b"x" * size)
             status, body = client.response()
