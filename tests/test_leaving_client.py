@@ -1319,7 +1319,7 @@ async def test_chaos_looks_at_the_visit_that_nobody_left_too(anyio_backend: str)
         (
             {"content": iter([b""])},
             TypeError,
-            "content: bytes, text or a list, to be sent more than once, not <list_iter",
+            "content: bytes, text or a list of pieces, to be sent many times, not <list_iter",
         ),
     ],
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from .._ahead import Ahead
+
 PLUMBING = sys.stdlib_module_names | {
     *("_pytest", "anyio", "fastapi", "fastapi_cancel", "outcome", "pluggy", "pytest", "sse_starlette", "starlette"),
     *("trio", "uvicorn", "uvloop"),
@@ -19,6 +21,10 @@ DEPTH = 40
 
 BY_HAND = ("_drive", "stepped")
 """The functions of this library that step a coroutine, which they call ``work``."""
+
+
+AHEAD = Ahead.wait.__qualname__
+"""This one steps an asynchronous generator."""
 
 
 class Site(NamedTuple):
@@ -50,10 +56,10 @@ Stack = tuple[Site, ...]
 
 
 def stack_here() -> Stack:
-    """The stack of the caller's caller. Reads no source, so that every task can afford it."""
+    """The stack of the caller's caller, from where the request begins. Reads no source: every task can afford it."""
     frame: FrameType | None = sys._getframe(2)
     sites: list[Site] = []
-    while frame is not None and len(sites) < DEPTH:
+    while frame is not None and len(sites) < DEPTH and frame.f_code.co_name != "stepped":
         sites.append(site_of(frame))
         frame = frame.f_back
     return tuple(reversed(sites))
@@ -82,6 +88,8 @@ def _frames(waiting: Any) -> Iterator[FrameType]:
                 waiting = getattr(waiting, inner)
                 if waiting is None and frame.f_code.co_name in BY_HAND:
                     waiting = frame.f_locals.get("work")
+                elif waiting is None and frame.f_code.co_qualname == AHEAD:
+                    waiting = frame.f_locals["steps"]
                 break
         else:  # the awaitable of an `__anext__` keeps its generator to itself
             waiting = next((each for each in gc.get_referents(waiting) if hasattr(each, "ag_frame")), None)
