@@ -56,11 +56,11 @@ Stack = tuple[Site, ...]
 
 
 def stack_here() -> Stack:
-    """The stack of the caller's caller. Reads no source, so that every task can afford it."""
+    """The stack of the caller's caller, from where the request begins. Reads no source: every task can afford it."""
     frame: FrameType | None = sys._getframe(2)
     sites: list[Site] = []
-    while frame is not None and len(sites) < DEPTH:
-        sites.append(_site(frame, frame.f_lineno))
+    while frame is not None and len(sites) < DEPTH and frame.f_code.co_name != "stepped":
+        sites.append(site_of(frame))
         frame = frame.f_back
     return tuple(reversed(sites))
 
@@ -70,14 +70,14 @@ def stack_of(exc: BaseException) -> Stack:
     sites: list[Site] = []
     traceback: TracebackType | None = exc.__traceback__
     while traceback is not None:
-        sites.append(_site(traceback.tb_frame, traceback.tb_lineno))
+        sites.append(site_of(traceback.tb_frame, traceback.tb_lineno))
         traceback = traceback.tb_next
     return tuple(sites)
 
 
 def stack_of_waiting(waiting: Any) -> Stack:
     """Where a suspended coroutine or asynchronous generator waits."""
-    return tuple(_site(frame, frame.f_lineno) for frame in _frames(waiting))
+    return tuple(site_of(frame) for frame in _frames(waiting))
 
 
 def _frames(waiting: Any) -> Iterator[FrameType]:
@@ -95,11 +95,15 @@ def _frames(waiting: Any) -> Iterator[FrameType]:
             waiting = next((each for each in gc.get_referents(waiting) if hasattr(each, "ag_frame")), None)
 
 
-def _site(frame: FrameType, line: int) -> Site:
+def site_of(frame: FrameType, line: int | None = None) -> Site:
+    """Where ``frame`` is.
+
+    :param line: if not where it is now
+    """
     module = str(frame.f_globals.get("__name__", "?"))
     if module == "__main__" and (spec := frame.f_globals.get("__spec__")) is not None:
         module = spec.name  # python -m pytest
-    return Site(module.partition(".")[0], frame.f_code.co_filename, line, frame.f_code.co_qualname)
+    return Site(module.partition(".")[0], frame.f_code.co_filename, line or frame.f_lineno, frame.f_code.co_qualname)
 
 
 def own(stack: Stack) -> Site | None:
