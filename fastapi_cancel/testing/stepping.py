@@ -92,6 +92,7 @@ class Interruption:
         self._requests = requests
         self._counted = counted
         self._brought = exc.__context__
+        self.later: list[BaseException] = []
 
     def has_killed(self, requests: int, over: bool) -> bool | None:
         """Whether it has ended a cleanup; ``None``: that cannot be told yet.
@@ -114,7 +115,7 @@ class Interruption:
     def _first(self) -> BaseException | None:
         """The interruption that was being handled when this one arrived."""
         before = self.exc.__context__
-        seen = {id(self._brought)}
+        seen = {id(self._brought), *map(id, self.later)}  # a task group re-raises it in the context of a later one
         while before is not None and id(before) not in seen:
             if is_interruption(before):
                 return before
@@ -185,6 +186,8 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
             before, requests = requests, seam.requests()
             arrived = seam.interruption(value)
             if arrived is not None and (requests > before or not seam.counts):
+                for suspect in suspects:
+                    suspect.later.append(arrived)
                 suspects.append(Interruption(arrived, before, seam.counts))
             if told.dropped and arrived is not None:
                 step, value = work.throw, Dropped()
@@ -194,6 +197,7 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
                     raise value
             del arrived
     finally:
+        suspects.clear()
         del step, value, suspects  # an exception would hold this frame, which holds it
 
 
