@@ -50,7 +50,8 @@ class Streams(LiveServer):
         self.marks = directory / "marks"
         self.marks.touch()
         self.clients: list[RawClient] = []
-        super().__init__(APP, server, workers=workers, options=options, env={**env, "MARKS": str(self.marks)})
+        env["MARKS"] = str(self.marks)
+        super().__init__(APP, server, workers=workers, options=options, env=env, probe=False)
 
     def __exit__(self, *exc: Any) -> None:
         for client in self.clients:
