@@ -42,18 +42,20 @@ def assert_nothing_left(server: LiveServer) -> None:
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Start]:
-    """``running(server, middleware, app)``: a live server of that kind."""
+    """``running(server, middleware, app)``: a live server of that kind, whose application looks at itself."""
     servers: dict[tuple[str, int, str], LiveServer] = {}
     with ExitStack() as stack:
 
         def start(server: str, middleware: int = 0, app: str = "tests.app:app") -> LiveServer:
             key = (server, middleware, app)
             if key not in servers:
-                live = LiveServer(app, server, env={"MIDDLEWARE": str(middleware)}, access_log=True)
+                live = LiveServer(app, server, env={"MIDDLEWARE": str(middleware)}, probe=False, access_log=True)
                 servers[key] = stack.enter_context(live)
             return fresh(servers[key])
 
         yield start
+        for live in servers.values():
+            live.send_signal()  # so that all of them end at once
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_every_server(server: str, write: Write) -> None:
     ended(state["pid"])
 
 
-@pytest.mark.parametrize("server", ONE_OF_EACH)
+@pytest.mark.parametrize("server", [*ONE_OF_EACH, "granian-rsgi"])
 def test_without_a_probe(server: str, write: Write) -> None:
     """Ready when it answers anything."""
     with LiveServer(f"{write()}:app", server, probe=False) as live:
@@ -532,13 +532,16 @@ def test_loading(write: Write) -> None:
 def test_what_is_served(monkeypatch: pytest.MonkeyPatch, write: Write, tmp_path: Path) -> None:
     for name, value in {APP: f"{write()}:app", TOKEN: "token", VISITS: str(tmp_path / "visits")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delitem(sys.modules, "fastapi_cancel.testing.served", raising=False)
+    for name in ("served", "_rsgi"):
+        monkeypatch.delitem(sys.modules, f"fastapi_cancel.testing.{name}", raising=False)
     served = import_module("fastapi_cancel.testing.served")
     assert isinstance(served.app, Probe)
     assert isinstance(served.rsgi_application, RSGI)
     with pytest.raises(AttributeError, match="has no attribute 'other'"):
         _ = served.other
-    monkeypatch.delitem(sys.modules, "fastapi_cancel.testing.served")
+    assert isinstance(import_module("fastapi_cancel.testing._rsgi").application, RSGI)
+    for name in ("served", "_rsgi"):
+        monkeypatch.delitem(sys.modules, f"fastapi_cancel.testing.{name}")
 
 
 def test_nothing_of_it_is_imported_with_the_library() -> None:

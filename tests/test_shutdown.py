@@ -21,7 +21,6 @@ from .conftest import DEADLINE
 from .shutdown_app import app
 
 APP = "tests.shutdown_app:app"
-RSGI_APP = "tests.shutdown_app:rsgi_application"
 SERVERS = {
     # what the process exits with, by itself: uvicorn re-raises the signal when it has ended
     ("uvicorn", 1): -signal.SIGTERM,
@@ -54,16 +53,8 @@ class Streams(LiveServer):
         self.marks = directory / "marks"
         self.marks.touch()
         self.clients: list[RawClient] = []
-        marks = {**env, "MARKS": str(self.marks)}
-        # No recorder: a thousand streams are about time.
-        super().__init__(
-            RSGI_APP if server == "granian-rsgi" else APP,
-            server,
-            workers=workers,
-            options=options,
-            env=marks,
-            probe=False,
-        )
+        env["MARKS"] = str(self.marks)
+        super().__init__(APP, server, workers=workers, options=options, env=env, probe=False)
 
     def __exit__(self, *exc: Any) -> None:
         for client in self.clients:

@@ -19,7 +19,7 @@ DROPS = 200
 
 @pytest.fixture(scope="module")
 def serving(redis_server: RedisServer) -> Iterator[LiveServer]:
-    with LiveServer("tests.sse_app:app", env={"REDIS_URL": redis_server.url}) as server:
+    with LiveServer("tests.sse_app:app", env={"REDIS_URL": redis_server.url}, probe=False) as server:
         yield server
 
 

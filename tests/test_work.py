@@ -58,7 +58,7 @@ def test_tasks_that_the_work_awaits_are_cancelled_once(running: Start, server: s
 @pytest.mark.parametrize("server", ["uvicorn", "uvicorn-h11", "hypercorn", "hypercorn-trio"])
 def test_sigterm_during_cleanup_lets_it_finish(server: str) -> None:
     """C14. The other servers do not wait for work whose connection is gone, see docs/servers.md."""
-    with LiveServer("tests.app:app", server) as own:
+    with LiveServer("tests.app:app", server, probe=False) as own:
         leave(own, "/slow-cleanup")
         own.wait_for("/stats", running=1)
         status = own.stop()

@@ -27,7 +27,7 @@ from .sockets import Headers, RawClient
 if TYPE_CHECKING:
     from .http2 import Http2Client
 
-SERVED = "fastapi_cancel.testing.served"
+PACKAGE = "fastapi_cancel.testing"
 ATTEMPTS = 3  # another process may take the port between our look and the server's
 TAKEN = re.compile("address already in use", re.IGNORECASE)
 LOOK = 0.005  # seconds between two looks
@@ -61,8 +61,8 @@ class LiveServer:
     :param workers: their number; with more than one, all have logged that they serve before the block begins
     :param options: what else to give to the server on its command line
     :param env: what to add to its environment
-    :param probe: whether the application is served behind one that says when it is ready; if not, the server is ready
-        when it answers on ``/``, and ``"granian-rsgi"`` must be given an RSGI application
+    :param probe: whether the application is served behind one that says when it is ready, and records its requests; if
+        not, the server is ready when it answers anything on ``/``
     :param access_log: whether the server is to log its requests
     :param deadline: seconds for whatever must happen: its start, its end, what is waited for
     :ivar name: of the server, as above
@@ -135,7 +135,6 @@ class LiveServer:
             raise
 
     def _run(self) -> subprocess.Popen[bytes]:
-        served = f"{SERVED}:{'rsgi_application' if self._server.rsgi else 'app'}" if self._probe else self._target
         arguments = self._server.arguments(self.port, self._workers, self._access_log)
         ours = {
             "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
@@ -147,13 +146,18 @@ class LiveServer:
         self._mark = 0
         with self._log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", *arguments, *self._options, served],
+                [sys.executable, "-m", *arguments, *self._options, self._served()],
                 env={**os.environ, **ours, **self._env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+
+    def _served(self) -> str:
+        if self._probe:
+            return f"{PACKAGE}.served:{'rsgi_application' if self._server.rsgi else 'app'}"
+        return f"{PACKAGE}._rsgi:application" if self._server.rsgi else self._target
 
     def _serves(self) -> bool:
         """Wait until it does. It may never."""
