@@ -48,7 +48,7 @@ async def visits_of(recorder: Recorder, file: Path, count: int = 1) -> list[Serv
     """Wait until so many are over."""
     with anyio.fail_after(5):
         while True:
-            visits = read_visits(file.read_text().splitlines())
+            visits = read_visits(file)
             if len(visits) == count and all(visit.ended is not None for visit in visits):
                 assert recorder.running() == {}
                 return visits
@@ -75,7 +75,7 @@ async def test_a_request_whose_client_left(file: Path) -> None:
         await running.until(at_wait(1))
         (where,) = recorder.running().values()
         assert "in work" in where
-        assert read_visits(file.read_text().splitlines())[0].ended is None
+        assert read_visits(file)[0].ended is None
         running.leave()
     (visit,) = await visits_of(recorder, file)
     assert (visit.status, visit.cause, visit.faults) == (499, "disconnect", [])

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from .events import Event, EventReader
     from .faults import Fault
     from .habits import Habits
+    from .http2 import Http2Client
+    from .leftovers import nothing_left
+    from .live import LiveServer, LiveServerError
     from .moments import (
         Moment,
         after_body,
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
         during_send,
         when,
     )
+    from .recorder import ServedVisit
+    from .sockets import RawClient
     from .visit import NeverCame, Patience, Visit
 
 __all__ = [
@@ -28,10 +33,15 @@ __all__ = [
     "EventReader",
     "Fault",
     "Habits",
+    "Http2Client",
     "LeavingClient",
+    "LiveServer",
+    "LiveServerError",
     "Moment",
     "NeverCame",
     "Patience",
+    "RawClient",
+    "ServedVisit",
     "Visit",
     "after_body",
     "after_chunks",
@@ -41,6 +51,7 @@ __all__ = [
     "before_body",
     "chaos",
     "during_send",
+    "nothing_left",
     "when",
 ]
 
@@ -50,10 +61,15 @@ _WHERE = {
     "EventReader": "events",
     "Fault": "faults",
     "Habits": "habits",
+    "Http2Client": "http2",
     "LeavingClient": "client",
+    "LiveServer": "live",
+    "LiveServerError": "live",
     "Moment": "moments",
     "NeverCame": "visit",
     "Patience": "visit",
+    "RawClient": "sockets",
+    "ServedVisit": "recorder",
     "Visit": "visit",
     "after_body": "moments",
     "after_chunks": "moments",
@@ -63,6 +79,7 @@ _WHERE = {
     "before_body": "moments",
     "chaos": "chaos",
     "during_send": "moments",
+    "nothing_left": "leftovers",
     "when": "moments",
 }
 

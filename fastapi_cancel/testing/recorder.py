@@ -7,8 +7,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..channel import Channel
 from ..protect import channel_of
 from .faults import Fault
-from .records import Record
+from .records import CURRENT, Record
 from .sites import stack_of, told
 from .visit import settle
 from .watching import watch
@@ -105,7 +105,8 @@ class _Recorded:
             del error
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        with _of_the_server():
+            message = await self._receive()
         if message["type"] == "http.disconnect" and not self._completed and self._left is None:
             self._left = time.monotonic()
         return message
@@ -115,7 +116,18 @@ class _Recorded:
             self._status = message["status"]
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._completed = True
-        await self._send(message)
+        with _of_the_server():
+            await self._send(message)
+
+
+@contextmanager
+def _of_the_server() -> Iterator[None]:
+    """What is started here is the server's own affair: Hypercorn starts the connection's next timeout in ``send``."""
+    token = CURRENT.set(None)
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)
 
 
 @dataclass
@@ -147,10 +159,11 @@ class ServedVisit:
         return f"{self.method} {self.path} {self.status}"
 
 
-def read_visits(lines: Iterable[str]) -> list[ServedVisit]:
+def read_visits(file: Path) -> list[ServedVisit]:
     """Those that a recorder has written down, in the order in which they began."""
     visits: dict[str, ServedVisit] = {}
-    for news in map(json.loads, lines):
+    whole = file.read_text().rpartition("\n")[0]  # it may be in the middle of a line
+    for news in map(json.loads, whole.splitlines()):
         if (visit := visits.get(news["id"])) is None:
             visits[news["id"]] = ServedVisit(**news)
         else:
