@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 
-PROGRAMS = ["chromium", "curl", "haproxy", "nginx", "redis-server"]
-"""Each has the name of its Debian package."""
+PROGRAMS = ["chromium", "curl", "haproxy", "ip", "nginx", "redis-server"]
+PACKAGES = {"ip": "iproute2"}
+"""Those whose Debian package has another name."""
 
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 APT = "apt-get -o DPkg::Lock::Timeout=300"
@@ -18,7 +19,8 @@ def main() -> int:
     wanted = missing()
     if not wanted:
         return 0
-    install = f"{APT} update && {APT} install -y --no-install-recommends {' '.join(wanted)}"
+    packages = " ".join(PACKAGES.get(program, program) for program in wanted)
+    install = f"{APT} update && {APT} install -y --no-install-recommends {packages}"
     root = as_root()
     if shutil.which("apt-get", path=PATH) is None or root is None:
         print(f"The tests need {', '.join(wanted)}. On Debian, as root:\n    {install}", file=sys.stderr)

@@ -9,6 +9,15 @@ import pytest
 from .live import LiveServer
 
 Start = Callable[..., LiveServer]
+NOT_TESTED = "NOT TESTED HERE:"
+"""How the reason begins of a test that is skipped for want of something that `make test` cannot provide."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Such a reason is shown by itself, however pytest is run."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    for reason in dict.fromkeys(reason for reason in reasons if NOT_TESTED in reason):
+        terminalreporter.write_sep("!", reason.removeprefix("Skipped: "), red=True, bold=True)
 
 
 @pytest.fixture(scope="session")
