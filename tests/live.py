@@ -48,6 +48,13 @@ COMMANDS: dict[str, list[str]] = {
         "{port}",
         "{app}",
     ],
+    "granian-rsgi": [
+        *("granian", "--interface", "rsgi", "--port", "{port}", "--access-log", "tests.rsgi_app:application")
+    ],
+    "granian-rsgi-workers": [
+        *("granian", "--interface", "rsgi", "--workers", "2", "--backpressure", "2000"),
+        *("--port", "{port}", "tests.rsgi_app:application"),
+    ],
     "daphne": ["daphne", "-b", "127.0.0.1", "-p", "{port}", "{app}"],
 }
 SERVERS = ["uvicorn-httptools", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
@@ -78,7 +85,7 @@ class LiveServer:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", *command],
                     cwd=ROOT,
-                    env={**os.environ, **environment},
+                    env={**os.environ, "APP": app, **environment},
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
