@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .events import JSONServerSentEvent, LastEventID, ServerSentEvent, get_last_event_id
     from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
+    from .listening import limit_silence, listening_socket
     from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
     from .responses import CancellableFileResponse, CancellableStreamingResponse
     from .routing import CancellableRoute
+    from .rsgi import RSGI
     from .shutdown import drain
     from .sse import SSEResponse, StreamInfo
     from .token import CancelToken, Token, get_cancel_token
@@ -28,6 +30,7 @@ __all__ = [
     "JSONServerSentEvent",
     "LastEventID",
     "NotCancellable",
+    "RSGI",
     "RequestCancelled",
     "SSEResponse",
     "ServerSentEvent",
@@ -37,6 +40,8 @@ __all__ = [
     "drain",
     "get_cancel_token",
     "get_last_event_id",
+    "limit_silence",
+    "listening_socket",
     "never_cancel",
 ]
 
@@ -53,6 +58,7 @@ _WHERE = {
     "JSONServerSentEvent": "events",
     "LastEventID": "events",
     "NotCancellable": "exceptions",
+    "RSGI": "rsgi",
     "RequestCancelled": "exceptions",
     "SSEResponse": "sse",
     "ServerSentEvent": "events",
@@ -62,6 +68,8 @@ _WHERE = {
     "drain": "shutdown",
     "get_cancel_token": "token",
     "get_last_event_id": "events",
+    "limit_silence": "listening",
+    "listening_socket": "listening",
     "never_cancel": "policy",
 }
 """Imported when asked for: pytest imports the package in every run for its plugin, and sse-starlette is an extra."""

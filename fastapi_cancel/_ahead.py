@@ -62,6 +62,7 @@ class Ahead:
     def wait(self) -> Generator[Any, Any, None]:
         """Finish what ``poll`` has begun."""
         steps = self._steps
+        value: Any = None
         try:
             while True:
                 try:
@@ -76,6 +77,7 @@ class Ahead:
             self.ended = True
         finally:
             self._waiting_for = None
+            del value  # on Trio: a cancellation, which would hold this frame, which holds it
 
 
 async def _next(iterator: AsyncIterator[Any]) -> Any:

@@ -49,14 +49,14 @@ from time import monotonic
 from typing import Protocol, TypeAlias
 
 import anyio
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from ._ahead import Ahead
 from ._heart import Pulse, heart_for
 from .events import encode, is_whole
 from .exceptions import ClientGone, InvalidEvent, RequestCancelled
 from .ladder import RUN, Ladder
-from .policy import HERE, Cause
+from .policy import HERE, PARTING, Cause
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -65,7 +65,6 @@ MAX_BYTES = 65536
 MAX_DELAY = 0.002  # seconds between the first of them and the sending
 MAX_BUSY = 0.05  # seconds without a turn of the event loop (C17)
 QUICK = 0.001  # seconds in which the content of a burst yields again
-PARTING = 1.0  # seconds that the farewell may take
 IDLE = 1.0  # seconds until we look again at a stream whose heartbeats were switched off meanwhile
 
 Burst: TypeAlias = tuple[bytes, int, str | None]
@@ -91,9 +90,10 @@ class StreamInfo:
 
 
 class Source(Protocol):
-    """Whose events these are. ``ping_interval``: seconds, 0 for never."""
+    """Whose events these are. ``ping_interval``: seconds, 0 for never; ``batch``: those that are ready go together."""
 
     sep: str
+    batch: bool
 
     @property
     def body_iterator(self) -> AsyncIterable[object]: ...
@@ -178,7 +178,7 @@ class EventStream:
         except (RequestCancelled, anyio.get_cancelled_exc_class()):
             if self._error is None and self._ladder.cause in HERE:
                 await self._part()
-            if self._error is not None and self._ladder.cause is not None:
+            if self._error is not None and self._ladder.cause is not None and not self._ladder.others_cancel():
                 error, self._error = self._error, None
                 raise error from None
             raise
@@ -187,6 +187,11 @@ class EventStream:
                 self._pulse.stop()
             if self._error is not None:
                 logger.error("%s: something beside the stream failed", self._ladder.name(), exc_info=self._error)
+
+    def let_go(self) -> None:
+        """It is over: only ``info`` is left. The source, and a channel that holds it, are to be freed at once."""
+        del self._source
+        self._send = _nowhere  # a helper may still be on its way
 
     def fail(self, error: Exception) -> None:
         """Have the stream end at once with an error that somebody beside it met."""
@@ -199,6 +204,7 @@ class EventStream:
         """Pull, encode, gather and send, until the content ends."""
         ladder, gathered, sep = self._ladder, self._gathered, self._source.sep
         items = Ahead(self._source.body_iterator)
+        quick = QUICK if self._source.batch else -1.0  # nothing is as quick
         size = 0
         last = flushed = turned = monotonic()
         while True:
@@ -223,7 +229,7 @@ class EventStream:
                 if id is not None:
                     self._gathered_id = id
             # Alone after a wait, or after slow work of the content: at once. In a burst: together.
-            if waited or now - last > QUICK or now - flushed > MAX_DELAY or size > MAX_BYTES:
+            if waited or now - last > quick or now - flushed > MAX_DELAY or size > MAX_BYTES:
                 if gathered:
                     await self._put()
                     size = 0
@@ -276,7 +282,7 @@ class EventStream:
         except ClientGone:
             pass
         except BaseException:
-            if self._ladder.cause is None:  # somebody else's cancellation goes first (C14)
+            if self._ladder.cause is None or self._ladder.others_cancel():  # somebody else's goes first (C14)
                 raise
 
     async def _send_burst(self, burst: Burst, more_body: bool = True) -> None:
@@ -363,3 +369,7 @@ class EventStream:
         except Exception:
             logger.exception("%s: the farewell failed", ladder.name())
             return b""
+
+
+async def _nowhere(message: Message) -> None:
+    raise ClientGone("the stream has ended")

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
 from types import coroutine
 from typing import Any
 
 from starlette.types import Scope
 
-from .ladder import FORCE, RUNNING, Ladder
+from .exceptions import RequestCancelled
+from .ladder import DUE, FORCE, RUNNING, Ladder
 from .policy import CancelPolicy
 
 try:
@@ -65,6 +67,9 @@ class NativeLadder(Ladder):
     def _swallows(self, exc: BaseException) -> bool:
         return isinstance(exc, asyncio.CancelledError) and self._requests > 0 and not self._take_back()
 
+    def others_cancel(self) -> bool:
+        return self._task.cancelling() > self._cancelling + self._requests
+
     def _end(self) -> None:
         super()._end()
         if self._requests:
@@ -102,7 +107,7 @@ class NativeLadder(Ladder):
     def _thrown(self, exc: BaseException) -> None:
         if not self._requests or not isinstance(exc, asyncio.CancelledError):
             return
-        if self._arrived and self.state != FORCE and self._task.cancelling() <= self._cancelling + self._requests:
+        if self._arrived and self.state != FORCE and not self.others_cancel():
             self._requests = 0  # the work has taken ours back itself: this one is somebody else's
         self._arrived = True
 
@@ -112,6 +117,20 @@ class NativeLadder(Ladder):
 
     def in_host(self) -> bool:
         return asyncio.current_task() is self._task
+
+    def settle_from_thread(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._task.get_loop().call_soon_threadsafe(self._expect_error)
+
+    def _expect_error(self) -> None:
+        # Called before the thread's result arrives; that wakes the work first and calls `_settle_after` second.
+        if isinstance(self._waiting_for, asyncio.Future):
+            self._waiting_for.add_done_callback(self._settle_after)
+
+    def _settle_after(self, wait: asyncio.Future[Any]) -> None:
+        """The work has waited, and got the error or something else."""
+        if self.state <= DUE and not wait.cancelled() and isinstance(wait.exception(), RequestCancelled):
+            self._settle()
 
     @coroutine
     def _yield(self) -> Generator[None, None, None]:

@@ -8,7 +8,7 @@ What Granian 2.8 does where the specification is silent, and what follows from i
   length that its head promised, or at once after HEAD. So what ends a response is noted before it happens.
 - *An upload that is cut ends like one that is complete*: with an empty piece, and over HTTP/1 nothing but one more
   empty piece says otherwise. So pieces are counted (``_Body``).
-- *``response_stream`` takes whatever it is given*: nothing tells how much of it has gone.
+- *``response_stream`` takes whatever it is given*, and nothing in RSGI tells how much of it has gone (``Backlog``).
 - *A status or a length that cannot be takes the worker, or the next response, with it.* So they are checked.
 """
 
@@ -21,10 +21,12 @@ from typing import Any
 from starlette.types import Message
 
 from ._news import News
+from ._rsgi_backlog import Backlog
 from ._rsgi_types import Head, HTTPProtocol, Scope, StreamTransport
 from .exceptions import ClientGone
 
 BODYLESS = (204, 304)
+PAUSES = (0.001, 0.05)  # seconds between two looks at what Granian holds: the first, and the longest
 FAILURE: Head = [("content-type", "text/plain; charset=utf-8")]
 
 
@@ -46,9 +48,10 @@ class Exchange:
     _opening: asyncio.Handle | None = None
     _answered = False  # the head was handed over
     _transport: StreamTransport | None = None
+    _backlog: Backlog | None = None
 
     def __init__(self, scope: Scope, protocol: HTTPProtocol) -> None:
-        self._method = scope.method
+        self._scope = scope
         self._protocol = protocol
         self._news = News()
         self._body = _Body(scope, protocol, self._news)
@@ -64,10 +67,14 @@ class Exchange:
                 if self._body.broken:
                     self._leave()
                     break
-            elif self._leaving is None:
-                self._leaving = self._news.ask(self._protocol.client_disconnect(), self._left)
+            else:
+                self._watch()
             await self._news.wait()
         return {"type": "http.disconnect"}
+
+    def _watch(self) -> None:
+        if self._leaving is None:
+            self._leaving = self._news.ask(self._protocol.client_disconnect(), self._left)
 
     def _left(self, future: asyncio.Future[Any]) -> None:
         if not future.cancelled() and not self._over:
@@ -125,7 +132,7 @@ class Exchange:
             if not self.gone:
                 # The head is not to wait for a body that may take its time; one that comes at once goes with it.
                 self._opening = asyncio.get_running_loop().call_soon(self._open)
-        self._bodyless = self._method == "HEAD" or status in BODYLESS
+        self._bodyless = self._scope.method == "HEAD" or status in BODYLESS
         self._status = status
         self._head = head
 
@@ -158,15 +165,32 @@ class Exchange:
             raise RuntimeError(f"the body is longer than its Content-Length of {self._length}")
         if body:
             assert self._transport is not None
+            look = self._count(len(body))
             try:
                 await self._transport.send_bytes(body)
             except RuntimeError:  # the only one that RSGI's errors have in common
                 self._leave()
                 return
+            if more and look:
+                await self._ease()
         if not more or self._written == self._length:
             self._end()
         if self._finished and self._length is not None and self._written < self._length:
             raise RuntimeError(f"the body is shorter than its Content-Length of {self._length}")
+
+    def _count(self, size: int) -> bool:
+        if self._backlog is None:
+            self._backlog = Backlog(self._scope)
+        return self._backlog.add(size if self._length is not None else size + _framing(size))
+
+    async def _ease(self) -> None:
+        """Wait while Granian holds too much for this client."""
+        assert self._backlog is not None
+        pause, longest = PAUSES
+        while self._backlog.full() and not self._over:
+            self._watch()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
 
     def _whole(self, body: bytes) -> None:
         if self._length not in (None, len(body)) and not self._bodyless:
@@ -290,6 +314,11 @@ class _Body:
             self.broken = True
         else:
             self._put(b"")
+
+
+def _framing(size: int) -> int:
+    """What a chunk has around it: its size in hexadecimal, and two line ends."""
+    return (size.bit_length() + 3) // 4 + 4
 
 
 def _text(value: bytes) -> str:

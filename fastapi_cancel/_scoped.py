@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import anyio
+import anyio.from_thread
 from anyio.abc import TaskGroup
 from starlette.types import Scope
 
 from ._native import NativeLadder
-from .ladder import DUE, RUN, Ladder
+from .ladder import DUE, FORCE, Ladder
 from .policy import CancelPolicy
 
 
@@ -34,6 +36,9 @@ class ScopedLadder(NativeLadder):
 
     def _take_back(self) -> bool:  # AnyIO does it
         return self._task.cancelling() > self._cancelling
+
+    def others_cancel(self) -> bool:  # by force AnyIO requests it again and again
+        return self.state != FORCE and super().others_cancel()
 
     def _deliver(self) -> bool:
         if (self._task.cancelling() > self._cancelling and not self._insist) or not self._can_take():
@@ -93,11 +98,14 @@ class GroupLadder(Ladder):
             finally:
                 del error
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         # What unwinds from an error of its own has had its interruption: no nursery will swallow that.
-        if self.cause is not None and self.state in (RUN, DUE) and self.in_host():
-            self._inner.shield = True
-        super().settle()
+        self._inner.shield = True
+        super()._settle()
+
+    def settle_from_thread(self) -> None:
+        with suppress(RuntimeError):  # AnyIO did not make this thread: nobody waits for it
+            anyio.from_thread.run_sync(self.settle)
 
     def _swallows(self, exc: BaseException) -> bool:
         return False  # the outer scope has done so

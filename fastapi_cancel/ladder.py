@@ -81,9 +81,9 @@ class Ladder(ABC):
     """One request's way from a cause to a finished cleanup.
 
     :param policy: how it ends early
-    :param scope: the ASGI scope, to name the request in the log
-    :ivar scope: that of the request
+    :param scope: the ASGI scope of the request, to name it in the log
     :ivar cause: why the work ends early, once it does
+    :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
     :ivar parting: called when the grace is over, before the cancellation
@@ -91,6 +91,7 @@ class Ladder(ABC):
 
     # Defaults live in the class: most requests never change most of them.
     cause: Cause | None = None
+    left = False
     state = RUN
     waits = 0
     watch: Callable[[], bool] | None = None
@@ -116,6 +117,8 @@ class Ladder(ABC):
         :param at_once: without grace, and whatever the policy listens to
         :return: whether this was the one
         """
+        if cause == "disconnect":
+            self.left = True
         if self.state == DONE or not (at_once or cause in self.policy.causes):
             return False
         if self.cause is not None:
@@ -157,14 +160,24 @@ class Ladder(ABC):
         Called before raising, by whoever raises. Has no effect outside the work's own task.
         """
         if self.cause is not None and self.state <= DUE and self.in_host():
-            grace = self.policy.grace if self.state == RUN else 0
-            self._interrupted(self.policy.cleanup_timeout + grace)
+            self._settle()
+
+    def _settle(self) -> None:
+        grace = self.policy.grace if self.state == RUN else 0
+        self._interrupted(self.policy.cleanup_timeout + grace)
 
     def complete(self) -> None:
         """The response is out: what the client does from here on is its own affair."""
         self.state = DONE
         if self._timers:
             self._stop(*self._timers)
+
+    def others_cancel(self) -> bool:
+        """Whether somebody else's cancellation is under way in the work, which no error may replace (C14).
+
+        Never on Trio: a scope further out stays cancelled, whatever is raised.
+        """
+        return False
 
     # -- the work ----------------------------------------------------------------------------
 
@@ -322,6 +335,10 @@ class Ladder(ABC):
     @abstractmethod
     def in_host(self) -> bool:
         """Whether the calling task is the one that runs the work."""
+
+    @abstractmethod
+    def settle_from_thread(self) -> None:
+        """``settle``, before raising in a thread. Has no effect unless the work itself waits for that thread."""
 
     @abstractmethod
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:

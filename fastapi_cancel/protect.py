@@ -19,7 +19,7 @@ from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
 from .exceptions import is_quiet
 from .ladder import Ladder
-from .policy import CancelPolicy, Cause
+from .policy import PARTING, CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
 """Where the scope keeps its :class:`Channel`; ``None`` there: the endpoint opted out."""
@@ -95,7 +95,7 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
             await _answer(cause, channel.scope, receive, send)
         elif cause == "shutdown" and not channel.closing and not channel.gone:
             # An event stream, which may end anywhere.
-            with anyio.move_on_after(1, shield=True), suppress(OSError):
+            with anyio.move_on_after(PARTING, shield=True), suppress(OSError):
                 await send({"type": "http.response.body"})
     finally:
         if background is not None and channel.ladder.policy.background:

@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from ._rsgi_backlog import address
 from ._rsgi_http import Exchange
 from ._rsgi_lifespan import Lifespan
 from ._rsgi_types import Scope
@@ -96,8 +97,8 @@ class RSGI:
             "query_string": scope.query_string.encode("latin-1"),
             "root_path": self.root_path,
             "headers": headers,
-            "client": _address(scope.client),
-            "server": _address(scope.server),
+            "client": address(scope.client),
+            "server": address(scope.server),
             "state": {} if lifespan is None else lifespan.state.copy(),
             "extensions": {},
         }
@@ -108,11 +109,3 @@ def _without_crumbs(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, byt
     crumbs = [value for name, value in headers if name == b"cookie"]
     headers = [header for header in headers if header[0] not in (b"host", b"cookie")]
     return [*headers, (b"cookie", b"; ".join(crumbs))] if crumbs else headers
-
-
-def _address(text: str) -> tuple[str, int | None] | None:
-    """As ASGI has it. A Unix socket's path has no port, and its client no path."""
-    if text.startswith("/") or not text:
-        return (text, None) if text else None
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)

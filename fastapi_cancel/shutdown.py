@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -104,15 +105,13 @@ class _Streams(dict[Stream, Address | None]):
         self._should_exit = status.should_exit
         return now + LOOK
 
-    def tell(self, streams: list[Stream]) -> None:
+    def tell(self, streams: Iterable[Stream]) -> None:
         """Shut ``streams`` down, some at a time."""
-        self._tell(iter(streams))
-
-    def _tell(self, streams: Iterator[Stream]) -> None:
-        for stream in (some := list(islice(streams, AT_ONCE))):
+        rest = iter(streams)
+        for stream in (some := list(islice(rest, AT_ONCE))):
             stream.shut_down()
         if some:
-            self._soon(lambda: self._tell(streams))
+            self._soon(lambda: self.tell(rest))
 
 
 _open: dict[Soon, _Streams] = {}
@@ -146,9 +145,10 @@ def draining(ladder: Ladder, stream: Stream | None = None) -> Iterator[None]:
 def drain() -> int:
     """End the open event streams of the running event loop, as SIGTERM does: grace, farewell, cancellation.
 
-    For when you know before the server does.
+    For when you know before the server does. From another thread: ``loop.call_soon_threadsafe(drain)``.
 
     :return: how many there were
+    :raises RuntimeError: no event loop runs in the calling thread
     """
     if (streams := _open.get(_soon())) is None:
         return 0
@@ -157,12 +157,13 @@ def drain() -> int:
 
 
 def _soon() -> Soon:
-    try:
+    with suppress(RuntimeError):
         return asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        import trio
-
-        return trio.lowlevel.current_trio_token().run_sync_soon
+    if (trio := sys.modules.get("trio")) is not None:
+        with suppress(RuntimeError):
+            soon: Soon = trio.lowlevel.current_trio_token().run_sync_soon
+            return soon
+    raise RuntimeError("no event loop runs in this thread: call drain() in the one whose streams are to end")
 
 
 class _Listener:

@@ -49,8 +49,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             return SSEResponse(feed(after=last), heartbeat=15)
 
     :param content: a sync or async iterable of events: all that :func:`~fastapi_cancel.events.encode` takes.
-        ``None`` is skipped: nothing is sent for it. Events that are ready together go out together: what a
-        generator does after its ``yield`` may come before the sending, by two milliseconds at the most
+        ``None`` is skipped: nothing is sent for it
     :param heartbeat: seconds without anything sent, after which a comment is; ``None``: never. Default: 15
     :param retry: milliseconds that the client is to wait before it comes back; sent first, and with the farewell
     :param farewell: the last event of a stream that the server ends early (shutdown, stop, timeout): an event,
@@ -58,13 +57,16 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
     :param on_disconnect: an async callable, run with the :class:`StreamInfo` once the stream has ended early,
         for whatever cause
     :param cleanup: async callables without arguments, run once on every path; see :meth:`add_cleanup`
+    :param batch: whether events that are ready go out together. What a generator does after its ``yield`` may
+        then come before the sending, by two milliseconds at the most. False: each is sent before the next is made
     :param policy: how the stream ends early; on a ``CancellableRoute``: instead of the route's
     :param send_timeout: seconds that one ``send`` may wait for a client that does not read (cause ``stalled``)
     :param ping: sse-starlette's name for ``heartbeat``, where 0 means never
     :param sep: the line ending: CR LF, CR or LF; default CR LF
     :param ping_message_factory: makes the heartbeat, instead of a comment
     :param data_sender_callable: an async callable that runs beside the stream, and ends with it
-    :param client_close_handler_callable: an async callable, run with the ASGI message when the client has left
+    :param client_close_handler_callable: an async callable, run with the ASGI message once the stream has ended,
+        if the client has left before, whatever the cause of the end
     :param shutdown_event: set when the server is told to stop
     :param shutdown_grace_period: seconds that the content may go on after that; 0: the grace of the policy
     :param cleanup_timeout: seconds that a cleanup may take, ``None``: no limit; instead of the policy's
@@ -74,7 +76,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     body_iterator: AsyncContentStream
     _stream: EventStream | None = None
-    _told = False
+    _told_end = _told_close = False
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         retry: int | None = None,
         farewell: Event | Callable[[StreamInfo], Event] = None,
         on_disconnect: Callable[[StreamInfo], Awaitable[object]] | None = None,
+        batch: bool = True,
         policy: CancelPolicy | None = None,
         cleanup: Cleanup | Iterable[Cleanup] = (),
     ) -> None:
@@ -111,6 +114,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             check_seconds("cleanup_timeout", cleanup_timeout, zero=True, none=True)
         if retry is not None:
             check_retry(retry)
+        if not isinstance(batch, bool):
+            raise TypeError(f"batch must be True or False, not {batch!r}")
         if on_disconnect is not None and not is_async_callable(on_disconnect):
             raise TypeError(f"on_disconnect must be an async callable, not {on_disconnect!r}")
         for name, function in {
@@ -139,6 +144,7 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         del self.headers["connection"]  # HTTP/1.1 needs none, HTTP/2 forbids it (RFC 9113, section 8.2.2)
         del self._headers, self._send_lock  # of no use from here on, and a thousand bytes
         self._sources = [self.body_iterator]
+        self.batch = batch
         self._limit = cleanup_timeout
         self._retry = retry
         self._farewell = farewell
@@ -211,8 +217,11 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
                 await stream.run()
         finally:
             self.active = False
-            if sender is not None:
-                await sender.end(at_once=True)
+            try:
+                if sender is not None:
+                    await sender.end(at_once=True)
+            finally:
+                stream.let_go()
 
     def _start(self) -> Message:
         return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -226,11 +235,13 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
 
     async def aclose(self) -> None:
         info = self.info
-        if info.cause is not None and not self._told:
-            self._told = True
+        if info.cause is not None and not self._told_end:
+            self._told_end = True
             if self._on_disconnect is not None:
                 self._cleanups.append(partial(self._on_disconnect, info))
-            if self.client_close_handler_callable is not None and info.cause == "disconnect":
+        if self._ladder is not None and self._ladder.left and not self._told_close:
+            self._told_close = True
+            if self.client_close_handler_callable is not None:
                 self._cleanups.append(partial(self.client_close_handler_callable, {"type": "http.disconnect"}))
         await super().aclose()
 

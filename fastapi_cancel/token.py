@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from typing import Annotated
 
 import anyio
@@ -46,12 +45,16 @@ class CancelToken:
     def raise_if_set(self) -> None:
         """End the handler here if the token is set; nothing is logged.
 
+        That is its one interruption, also in a worker thread that it waits for: who catches it may await.
+
         :raises RequestCancelled: it is
         """
         if (cause := self.cause) is not None:
             assert self._ladder is not None
-            with suppress(RuntimeError):  # in a thread, there is no task to ask about
+            try:
                 self._ladder.settle()
+            except RuntimeError:  # in a thread, there is no task to ask about
+                self._ladder.settle_from_thread()
             raise RequestCancelled(cause)
 
     async def wait(self) -> Cause:

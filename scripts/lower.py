@@ -1,28 +1,29 @@
-"""The tests with the oldest versions that pyproject.toml promises, which scripts/lower.txt pins."""
+"""The tests with the oldest versions that pyproject.toml promises, which scripts/lower.txt pins.
+
+Not every test on every server: scripts/plugin/one_server.py says which, and why. Arguments go to pytest.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 import subprocess
 import sys
-import venv
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv-lower"
+import suites
+from suites import CONSTRAINTS, PLUGIN, PYPROJECT, ROOT
+
 PINS = ROOT / "scripts" / "lower.txt"
-CONSTRAINTS = ROOT / "constraints.txt"
-PYPROJECT = ROOT / "pyproject.toml"
 # An old Starlette's TestClient under an AnyIO of today; everywhere else a warning is an error, as in `make test`.
 TEST_CLIENT = "ignore:The anyio.abc.BlockingPortal alias is deprecated:DeprecationWarning"
 
 
 def main() -> int:
     check_promises()
-    install()
-    command = [str(VENV / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", "-W", TEST_CLIENT, *sys.argv[1:]]
-    return subprocess.run(command, cwd=ROOT).returncode
+    venv = suites.install(".venv-lower", PINS, newest(), "[sse,redis,testing]")
+    command = [str(venv / "bin" / "python"), "-m", "pytest", "-p", "no:cacheprovider", "-p", "one_server"]
+    command += ["-W", TEST_CLIENT, *sys.argv[1:]]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(PLUGIN)}).returncode
 
 
 def check_promises() -> None:
@@ -37,21 +38,11 @@ def versions(text: str, operator: str) -> dict[str, str]:
     return {name.lower(): version for name, version in re.findall(rf"([\w-]+){operator}([\w.]+)", text)}
 
 
-def install() -> None:
+def newest() -> str:
+    """The constraints for what is not pinned to an old version."""
     pinned = versions(PINS.read_text(), "==")
-    newest = [line for line in CONSTRAINTS.read_text().splitlines() if line.split("==")[0].lower() not in pinned]
-    newest = [line for line in newest if not line.startswith("pydantic_core==")]  # it goes with pydantic
-    wanted = hashlib.sha256(PINS.read_bytes() + PYPROJECT.read_bytes() + "\n".join(newest).encode()).hexdigest()
-    stamp = VENV / ".installed"
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
-    venv.create(VENV, with_pip=True, clear=True)
-    constraints = VENV / "constraints.txt"
-    constraints.write_text("\n".join(newest))
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["-e", f"{ROOT}[sse,redis]", "-r", str(PINS), "-c", str(constraints)]
-    subprocess.run(command, check=True)
-    stamp.write_text(wanted)
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if line.split("==")[0].lower() not in pinned]
+    return "\n".join(line for line in lines if not line.startswith("pydantic_core=="))  # it goes with pydantic
 
 
 if __name__ == "__main__":

@@ -6,20 +6,15 @@ is for the tests that block a ``send`` and look at what the generator does meanw
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
-import time
-import venv
-import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastapi_suite import BUILD, CONSTRAINTS, PLUGIN, ROOT, digest, pinned, unpack
+import suites
+from suites import BUILD, CONSTRAINTS, ROOT
 
-VENV = ROOT / ".venv-sse-starlette"
 REQUIREMENTS = ROOT / "scripts" / "sse_starlette_suite.txt"
 PLAUSIBLE_PASSED, PLAUSIBLE_SERVED = 80, 60  # fewer would mean that something did not run at all
 PATIENCE = 300  # seconds; a run takes 45
@@ -94,118 +89,57 @@ AHEAD = {
 
 
 @dataclass
-class Run:
-    """One run of the suite."""
+class Run(suites.Run):
+    """One run of the suite; its plugin counts how many responses were served."""
 
-    name: str
-    allowed: dict[str, list[str]]
-    exit_code: int
-    seconds: float
-    passed: int = 0
-    served: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def read(self, report: Path) -> None:
-        suite = ET.parse(report).getroot()
-        for case in suite.iter("testcase"):
-            problem = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
-            if problem is None:
-                self.passed += 1
-            else:
-                test = f"{case.get('classname')}::{case.get('name')}"
-                self.failed[test] = (problem.get("message") or "").partition("\n")[0]
-        self.served = sum(int(each.get("value") or 0) for each in suite.iter("property"))
+    allowed: dict[str, list[str]] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
-        found = [f"pytest ended with exit code {self.exit_code}"] if self.exit_code not in (0, 1) else []
-        if self.passed < PLAUSIBLE_PASSED:
-            found.append(f"only {self.passed} tests passed")
-        if self.served < PLAUSIBLE_SERVED:
-            found.append(f"only {self.served} responses were served")
+        found = self.crash()
+        if len(self.passed) < PLAUSIBLE_PASSED:
+            found.append(f"only {len(self.passed)} tests passed")
+        if self.served() < PLAUSIBLE_SERVED:
+            found.append(f"only {self.served()} responses were served")
         listed = [part for parts in self.allowed.values() for part in parts]
+        differ = self.failed | self.skipped
         found += [
             f"FAILED {test}: {reason}"
-            for test, reason in sorted(self.failed.items())
+            for test, reason in sorted(differ.items())
             if not any(part in test for part in listed)
         ]
-        found += [f"listed, but does not fail: {part}" for part in listed if not any(part in id for id in self.failed)]
+        found += [f"listed, but does not fail: {part}" for part in listed if not any(part in test for test in differ)]
         return [f"{self.name}: {each}" for each in found]
 
+    def served(self) -> int:
+        return self.counted.get("served", 0)
+
     def line(self) -> str:
-        counts = f"{self.passed} passed, {len(self.failed)} differ, {self.served} responses"
+        differ = len(self.failed) + len(self.skipped)
+        counts = f"{len(self.passed)} passed, {differ} differ, {self.served()} responses"
         return f"{self.name:14}{counts}, {self.seconds:.0f} s"
 
 
 def main() -> int:
-    BUILD.mkdir(exist_ok=True)
+    # Not into the virtualenv of ours: pytest-asyncio would take our own asynchronous tests.
+    venv = suites.install(".venv-sse-starlette", REQUIREMENTS, CONSTRAINTS.read_text(), "[sse]")
+    archive = suites.download("sse-starlette")
     with ThreadPoolExecutor(2) as pool:
-        installing = pool.submit(install)
-        archive = download(pinned("sse-starlette"))
-        installing.result()
-        bursts = pool.submit(run, archive, "yes", DIFFERENT | AHEAD)
-        single = pool.submit(run, archive, "no", DIFFERENT)
+        bursts = pool.submit(run, venv, archive, "yes", Run("in bursts", allowed=DIFFERENT | AHEAD))
+        single = pool.submit(run, venv, archive, "no", Run("one by one", allowed=DIFFERENT))
         runs = [bursts.result(), single.result()]
     for each in runs:
         print(each.line())
-    problems = [problem for each in runs for problem in each.problems()]
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problems" if problems else "no unexpected failure")
-    return 1 if problems else 0
+    return suites.conclude([problem for each in runs for problem in each.problems()], "no unexpected failure")
 
 
-def install() -> None:
-    """A virtualenv of its own: pytest-asyncio would take our own asynchronous tests."""
-    stamp = VENV / ".installed"
-    wanted = digest(REQUIREMENTS, CONSTRAINTS, ROOT / "pyproject.toml")
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
-    venv.create(VENV, with_pip=True, clear=True)
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["-e", f"{ROOT}[sse]", "-r", str(REQUIREMENTS), "-c", str(CONSTRAINTS)]
-    subprocess.run(command, check=True)
-    stamp.write_text(wanted)
-
-
-def download(version: str) -> Path:
-    """The source distribution: the wheel has no tests."""
-    archive = BUILD / f"sse_starlette-{version}.tar.gz"
-    if not archive.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--no-binary", "sse-starlette", "--dest", str(BUILD), f"sse-starlette=={version}"]
-        subprocess.run(command, check=True)
-    return archive
-
-
-def run(archive: Path, bursts: str, allowed: dict[str, list[str]]) -> Run:
+def run(venv: Path, archive: Path, bursts: str, result: Run) -> Run:
     report = BUILD / f"sse-starlette-bursts-{bursts}.xml"
-    report.unlink(missing_ok=True)
-    suite = unpack(archive, report.with_suffix(""))
+    suite = suites.unpack(archive, report.with_suffix(""))
     shutil.rmtree(suite / "sse_starlette")  # it would hide the one that is installed
     (suite / "tests" / "__init__.py").touch()  # or the name `tests` would be our own
     (suite / "tests" / "anyio_compat.py").write_text(COMPAT)
-    command = [
-        str(VENV / "bin" / "python"),
-        "-m",
-        "pytest",
-        "-p",
-        "sse_response",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-    ]
-    command += ["-q", f"--timeout={PATIENCE}", f"--ignore={NOT_THERE}", f"--junit-xml={report}"]
-    command += [f"--bursts={bursts}", "tests"]
-    started = time.monotonic()
-    with report.with_suffix(".log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": str(PLUGIN)}
-        process = subprocess.run(command, cwd=suite, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    name = "in bursts" if bursts == "yes" else "one by one"
-    result = Run(name, allowed, process.returncode, time.monotonic() - started)
-    if report.exists():
-        result.read(report)
-    else:
-        print(report.with_suffix(".log").read_text()[-4000:])
+    arguments = ["-p", "sse_response", f"--timeout={PATIENCE}", f"--ignore={NOT_THERE}", f"--bursts={bursts}"]
+    result.pytest(venv, suite, report, *arguments, "tests")
     return result
 
 

@@ -383,3 +383,12 @@ except ImportError as exc:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "SSEResponse needs sse-starlette: pip install 'fastapi-cancel[sse]'\n", done.stderr
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_draining_outside_of_the_event_loop_is_refused(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Trio and without: the error says what to do, not that a package is missing."""
+    if not installed:
+        monkeypatch.delitem(sys.modules, "trio")
+    with pytest.raises(RuntimeError, match=r"no event loop runs in this thread: call drain\(\) in the one"):
+        shutdown.drain()

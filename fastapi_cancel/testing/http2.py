@@ -173,13 +173,13 @@ class Http2Stream:
 
         :param end: whether it is the last one
         :raises TimeoutError: the server does not take it
+        :raises ConnectionResetError: it wants no more of it
         """
         h2, until = self._client._h2, self._client._end(None)
         while data or end:
-            room = min(h2.local_flow_control_window(self.number), h2.max_outbound_frame_size)
-            if data and room <= 0:
+            while self.error is not None or (data and h2.local_flow_control_window(self.number) <= 0):
                 self._wait("room for more of the body", until)
-                continue
+            room = min(h2.local_flow_control_window(self.number), h2.max_outbound_frame_size)
             piece, data = data[:room], data[room:]
             h2.send_data(self.number, piece, end_stream=end and not data)
             self._client._flush()

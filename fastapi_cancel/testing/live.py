@@ -313,7 +313,7 @@ class LiveServer:
             time.sleep(LOOK)
         where = self.json(RUNNING)  # with several workers, of one of them
         told = [f"{visit}, went on at\n{where.get(visit.id, '    another worker')}" for visit in going_on]
-        raise AssertionError("\n".join([f"{len(visits)} requests, {len(going_on)} of them not over", *told]))
+        raise AssertionError("\n".join([f"{len(visits)} requests, {len(going_on)} not over", *told]))
 
     def assert_clean(self, count: int = 0, but: Sequence[str] = ()) -> None:
         """Every request has ended, cleaned up and left nothing; the log has nothing that a person would look at.

@@ -83,8 +83,10 @@ def _frames(waiting: Any) -> Iterator[FrameType]:
 
 
 def _site(frame: FrameType, line: int) -> Site:
-    package = str(frame.f_globals.get("__name__", "?")).partition(".")[0]
-    return Site(package, frame.f_code.co_filename, line, frame.f_code.co_qualname)
+    module = str(frame.f_globals.get("__name__", "?"))
+    if module == "__main__" and (spec := frame.f_globals.get("__spec__")) is not None:
+        module = spec.name  # python -m pytest
+    return Site(module.partition(".")[0], frame.f_code.co_filename, line, frame.f_code.co_qualname)
 
 
 def own(stack: Stack) -> Site | None:

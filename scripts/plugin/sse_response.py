@@ -24,7 +24,6 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-import fastapi_cancel._event_stream
 from fastapi_cancel import SSEResponse
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("bursts") == "no":
-        fastapi_cancel._event_stream.QUICK = -1.0
+        defaults = SSEResponse.__init__.__kwdefaults__
+        assert defaults is not None
+        defaults["batch"] = False
     count_and_translate()
     logging.getLogger("fastapi_cancel").addFilter(rename)
 
