@@ -18,7 +18,8 @@ under a cancelled scope) never cancels the server's ``receive``: Hypercorn and D
 http.disconnect once, and it must not be lost.
 
 With ``Expect: 100-continue`` reading invites the body (uvicorn sends the 100 from ``receive``), so the
-watcher waits until the application has asked for it, or has started its response.
+watcher waits until the application has asked for it, or has got a piece of its response through. Not only
+its start: middleware may hold that back (``BaseHTTPMiddleware`` does, for some turns of the event loop).
 
 **The input** moves one way: open → (body complete) → ended. It ends by http.disconnect or by an
 ``OSError``. Any other exception of ``receive`` belongs to whoever reads: FastAPI's body limit raises
@@ -72,7 +73,7 @@ class Channel:
     _error: Exception | None = None
     _news: anyio.Event | None = None
     _asked = _body_complete = _ended = _reading = False
-    _finishing = _trailers = False
+    _finishing = _flowing = _trailers = False
     _waits_seen = -1
     _waited_at = 0.0
     _writes = 0
@@ -122,7 +123,7 @@ class Channel:
             return True
         if self._reading or (self._ahead is not None and not self._body_complete):
             return False
-        if not self._asked and not self.started and _expects_continue(self.scope):
+        if not self._asked and not self._flowing and _expects_continue(self.scope):
             return False
         self._reading = True
         self.ladder.spawn(self._watch)
@@ -228,6 +229,8 @@ class Channel:
         if last:
             self.completed = True
             self.ladder.complete()
+        elif not self._flowing and kind == "http.response.body":
+            self._flowing = True
 
     async def _send_within(self, patience: float, message: Message) -> None:
         self._sending_since = monotonic()
