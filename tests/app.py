@@ -225,8 +225,8 @@ async def hello() -> str:
 
 
 @router.get("/background")
-async def background(tasks: BackgroundTasks) -> str:
-    tasks.add_task(cleanup, 1.0)
+async def background(tasks: BackgroundTasks, seconds: float = 1) -> str:
+    tasks.add_task(cleanup, seconds)
     return "done"
 
 
@@ -249,11 +249,11 @@ async def note(text: str) -> None:
 
 
 @router.get("/never-started")
-async def never_started() -> Response:
-    """Lingers under a shield until the client has left, so that the body cannot start."""
+async def never_started(token: Token) -> Response:
+    """Lingers under a shield until the client is known to have left, so that the body cannot start."""
     with anyio.CancelScope(shield=True):
         state["started"] += 1
-        await anyio.sleep(0.3)
+        await token.wait()
     return CancellableStreamingResponse(chunks(), cleanup=[cleanup])
 
 
@@ -270,8 +270,9 @@ async def plain_flood() -> Response:
 async def flooding() -> AsyncIterator[bytes]:
     state["started"] += 1
     try:
-        while True:
-            state["seen"][:] = [time.monotonic()]
+        for _ in range(1024):  # more than all buffers on the way, and not too much for a server that takes it all
+            state["asked_at"] = time.monotonic()
+            state["seen"][:] = [state["asked_at"]]
             yield b"x" * 65536
     finally:
         await cleanup()
@@ -344,11 +345,12 @@ async def raising() -> None:
 
 
 @router.get("/shield")
-async def shield() -> None:
+async def shield(token: Token) -> None:
     state["started"] += 1
     try:
         with anyio.CancelScope(shield=True):
-            await anyio.sleep(0.3)
+            await token.wait()
+            await anyio.sleep(0.01)
             state["seen"].append("committed")
         await anyio.sleep_forever()
     finally:
@@ -387,11 +389,12 @@ def thread(token: Token) -> str:
 
 
 @router.get("/in-thread")
-async def in_thread() -> None:
+async def in_thread(token: Token) -> None:
     state["started"] += 1
 
     def work() -> None:
-        time.sleep(0.3)
+        token.wait_in_thread(timeout=20)
+        time.sleep(0.05)
         state["seen"].append("thread finished")
 
     try:
@@ -565,6 +568,7 @@ async def slow_cleanup() -> None:
     try:
         await anyio.sleep_forever()
     finally:
+        state["seen"].append("cleaning")
         await cleanup(1.0)
         print("[INFO] cleaned", flush=True)
 

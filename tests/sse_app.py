@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -89,26 +90,29 @@ async def burst(number: int) -> AsyncIterator[Any]:
 
 async def flood(number: int) -> AsyncIterator[Any]:
     """More than a socket holds, from a content that never waits."""
-    async for event in _flooding(number, [65000], pause=False):
-        yield event
+    async with aclosing(_flooding(number, [65000], pause=False)) as events:
+        async for event in events:
+            yield event
 
 
 async def big_then_small(number: int) -> AsyncIterator[Any]:
     """The task sends the big one after the pause, a helper the small one while the content waits."""
-    async for event in _flooding(number, [65000, 10]):
-        yield event
+    async with aclosing(_flooding(number, [65000, 10])) as events:
+        async for event in events:
+            yield event
 
 
 async def small_then_big(number: int) -> AsyncIterator[Any]:
     """The other way round: servers wait before they write, or after."""
-    async for event in _flooding(number, [10, 65000]):
-        yield event
+    async with aclosing(_flooding(number, [10, 65000])) as events:
+        async for event in events:
+            yield event
 
 
-async def _flooding(number: int, sizes: list[int], pause: bool = True) -> AsyncIterator[Any]:
+async def _flooding(number: int, sizes: list[int], pause: bool = True) -> AsyncGenerator[Any, None]:
     state["started"] += 1
     try:
-        while True:
+        for _ in range(1024):  # more than all buffers on the way, and not too much for a server that takes it all
             if pause:
                 await anyio.sleep(0.0005)
             for size in sizes:
@@ -140,7 +144,7 @@ async def paced(number: int) -> AsyncIterator[Any]:
         await mark(number, "generator")
 
 
-PACED = 3000
+PACED = 600
 
 
 def paced_data(event: int) -> str:
