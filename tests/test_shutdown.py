@@ -37,7 +37,6 @@ SERVERS = {
 LIMITED = {"uvicorn": "--limit-max-requests=6", "gunicorn": "--max-requests=6", "hypercorn": "--max-requests=5"}
 OPTIONS = {
     ("granian", 2): ["--backpressure", "2000"],  # by itself it takes 512 connections a worker
-    ("hypercorn-trio", 1): ["--graceful-timeout", "10"],  # by itself 3 s, which 1,000 streams on a busy machine exceed
 }
 
 
