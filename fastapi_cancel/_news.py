@@ -14,7 +14,7 @@ class News:
     takes a piece of a body takes that piece with it. So each has our callback, and nobody else awaits it.
     """
 
-    _event: asyncio.Event | None = None
+    _waiters: set[asyncio.Future[None]] | None = None
 
     def ask(self, awaitable: Awaitable[Any], answer: Callable[[asyncio.Future[Any]], object]) -> asyncio.Future[Any]:
         """Have ``answer`` called with what becomes of ``awaitable``."""
@@ -23,11 +23,19 @@ class News:
         return future
 
     def tell(self) -> None:
-        if self._event is not None:
-            self._event.set()
-            self._event = None
+        """There is news."""
+        if self._waiters is not None:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
 
     async def wait(self) -> None:
-        if self._event is None:
-            self._event = asyncio.Event()
-        await self._event.wait()
+        """Wait for news."""
+        waiter = asyncio.get_running_loop().create_future()
+        if self._waiters is None:
+            self._waiters = set()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)

@@ -20,9 +20,12 @@ from ._rsgi_types import Scope
 STEP = 256 << 10
 """Bytes that Granian may hold, and bytes between two looks."""
 
+MANY_LOOKS = 10  # that is 0.2 s or more, with the pauses that are made
+
 NETLINK_SOCK_DIAG = 4  # linux/netlink.h
 SOCK_DIAG_BY_FAMILY = 20  # linux/sock_diag.h
 INET_DIAG_INFO = 2  # linux/inet_diag.h
+TCP_LISTEN = 10  # linux/tcp_states.h
 # struct tcp_info (linux/tcp.h): bytes acknowledged, not sent yet, sent, and sent again. All are of one moment.
 TCP_INFO = struct.Struct("=120xQ16xI52xQQ")
 NLMSG, DIAG_MSG = 16, 72  # lengths of the headers before the attributes
@@ -35,15 +38,19 @@ class Backlog:
     _counted = 0  # bytes until then, and since ...
     _before: int | None = None  # ... so many had been written to the connection
     _last = 0  # so many had been at the last look
+    _still = 0  # looks in a row that saw all of that arrived, and nothing new
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
 
-    def add(self, size: int) -> bool:
+    def add(self, size: int, chunked: bool) -> bool:
         """Count what is about to be handed over.
 
+        :param chunked: whether HTTP/1.1 puts its size and two line ends around it
         :return: whether it is time to look, once it was
         """
+        if chunked and self._scope.http_version == "1.1":
+            size += (size.bit_length() + 3) // 4 + 4
         self._handed += size
         if self._handed < STEP:
             return False
@@ -57,16 +64,19 @@ class Backlog:
         self._counted += self._handed
         self._handed = 0
         seen = self._look()
-        if self._before is None or seen is None or seen[0] < self._last:  # it begins anew when the connection has ended
+        if self._before is None or seen is None:
             return False
-        written, acknowledged = seen
-        # Nothing was left to be written, and nothing has been since: whatever we have counted, Granian holds no more.
-        idle = written == acknowledged == self._last
-        if idle or written - self._before > self._counted:
+        written, arrived = seen
+        self._still = self._still + 1 if written == arrived == self._last else 0
+        self._last = written
+        if written - self._before > self._counted or self._miscounted():
             self._before = written
             self._counted = 0
-        self._last = written
         return self._counted - (written - self._before) > STEP
+
+    def _miscounted(self) -> bool:
+        """Whether Granian cannot hold anything. Not to be known over HTTP/2, where a stream has a window of its own."""
+        return self._still >= MANY_LOOKS and self._scope.http_version != "2"
 
     def _look(self) -> tuple[int, int] | None:
         return look(self._scope.client, self._scope.server)
@@ -105,8 +115,8 @@ def _ask(here: str, port: int, there: str, their_port: int) -> tuple[int, int] |
 
 
 def _parse(answer: bytes) -> tuple[int, int] | None:
-    (kind,) = struct.unpack_from("=H", answer, 4)
-    if kind != SOCK_DIAG_BY_FAMILY:  # there is no such connection
+    kind, state = struct.unpack_from("=4xH11xB", answer)
+    if kind != SOCK_DIAG_BY_FAMILY or state == TCP_LISTEN:  # there is no such connection (any more)
         return None
     attribute = NLMSG + DIAG_MSG
     while attribute < len(answer):

@@ -30,15 +30,17 @@ PAUSES = (0.001, 0.05)  # seconds between two looks at what Granian holds: the f
 FAILURE: Head = [("content-type", "text/plain; charset=utf-8")]
 
 
-class Exchange:
+class Exchange(News):
     """A request and its response.
 
     :ivar gone: the client has left before it had its response
     """
 
     gone = False
-    _over = False  # there is nothing more to receive: the client is gone, or has its response
+    _over = False  # there is nothing more to receive: the client is gone, or the response is complete
+    _delivered = False  # the client has all that it is to get, whatever else the application sends
     _finished = False  # the application has sent its last message
+    _body: _Body | None = None
     _leaving: asyncio.Future[Any] | None = None
     _status = 0
     _head: Head
@@ -53,13 +55,13 @@ class Exchange:
     def __init__(self, scope: Scope, protocol: HTTPProtocol) -> None:
         self._scope = scope
         self._protocol = protocol
-        self._news = News()
-        self._body = _Body(scope, protocol, self._news)
 
     # -- receiving ---------------------------------------------------------------------------
 
     async def receive(self) -> Message:
         """The application's ``receive``. After the client has left: http.disconnect, at once and always."""
+        if self._body is None:
+            self._body = _Body(self._scope, self._protocol, self)
         while not self._over:
             if self._body.more:
                 if (message := self._body.read()) is not None:
@@ -69,30 +71,36 @@ class Exchange:
                     break
             else:
                 self._watch()
-            await self._news.wait()
+            await self.wait()
         return {"type": "http.disconnect"}
 
     def _watch(self) -> None:
-        if self._leaving is None:
-            self._leaving = self._news.ask(self._protocol.client_disconnect(), self._left)
+        if self._leaving is None and not self._delivered:
+            self._leaving = self.ask(self._protocol.client_disconnect(), self._left)
 
-    def _left(self, future: asyncio.Future[Any]) -> None:
-        if not future.cancelled() and not self._over:
+    def _left(self, _: asyncio.Future[Any]) -> None:
+        if not self._over and not self._delivered:  # it may have been on its way already
             self._leave()
 
     def _leave(self) -> None:
         self.gone = True
         self._end()
 
+    def _deliver(self) -> None:
+        self._delivered = True
+        if self._leaving is not None:
+            self._leaving.remove_done_callback(self._left)
+            self._leaving.cancel()
+
     def _end(self) -> None:
         self._over = True
         self._transport = None
         if self._opening is not None:
             self._opening.cancel()
-        if self._leaving is not None:
-            self._leaving.cancel()
-        self._body.stop()
-        self._news.tell()
+        self._deliver()
+        if self._body is not None:
+            self._body.stop()
+            self.tell()
 
     # -- sending -----------------------------------------------------------------------------
 
@@ -143,7 +151,9 @@ class Exchange:
         if self._opening is not None:
             self._opening.cancel()
         if self._bodyless:
-            self._end()
+            self._deliver()
+        if self._scope.method == "HEAD":
+            self._end()  # a stream of events may have nothing to say, and would wait for ever
 
     async def _write(self, body: bytes, more: bool) -> None:
         if not self._answered and not more:
@@ -155,11 +165,13 @@ class Exchange:
         if self._bodyless and more:
             raise ClientGone("the client wants the head alone")
         if not self._bodyless and not self.gone:
-            await self._stream(body, more)
+            await self._stream(body)
         if self.gone:
             raise ClientGone("the client has left")
+        if not more:
+            self._end()
 
-    async def _stream(self, body: bytes, more: bool) -> None:
+    async def _stream(self, body: bytes) -> None:
         self._written += len(body)
         if self._length is not None and self._written > self._length:
             raise RuntimeError(f"the body is longer than its Content-Length of {self._length}")
@@ -171,17 +183,18 @@ class Exchange:
             except RuntimeError:  # the only one that RSGI's errors have in common
                 self._leave()
                 return
-            if more and look:
+            if look and not self._finished:
                 await self._ease()
-        if not more or self._written == self._length:
-            self._end()
-        if self._finished and self._length is not None and self._written < self._length:
+        if self._written == self._length:
+            self._deliver()
+        elif self._finished and self._length is not None:
+            self._transport = None  # Granian cuts the connection
             raise RuntimeError(f"the body is shorter than its Content-Length of {self._length}")
 
     def _count(self, size: int) -> bool:
         if self._backlog is None:
             self._backlog = Backlog(self._scope)
-        return self._backlog.add(size if self._length is not None else size + _framing(size))
+        return self._backlog.add(size, chunked=self._length is None)
 
     async def _ease(self) -> None:
         """Wait while Granian holds too much for this client."""
@@ -206,13 +219,14 @@ class Exchange:
 
     def missing(self) -> str | None:
         """What the application should have done before it returned."""
-        if self._over:
+        if self._delivered:
             return None
         return "completing its response" if self._status else "a response"
 
     def close(self) -> None:
         """The application has ended. Whoever still holds on to ``receive`` is told so."""
-        self._end()
+        if not self._over:
+            self._end()
         if not self._answered:
             # Nobody receives the first one, but Granian's access log has its status from here.
             self._answered = True
@@ -314,11 +328,6 @@ class _Body:
             self.broken = True
         else:
             self._put(b"")
-
-
-def _framing(size: int) -> int:
-    """What a chunk has around it: its size in hexadecimal, and two line ends."""
-    return (size.bit_length() + 3) // 4 + 4
 
 
 def _text(value: bytes) -> str:

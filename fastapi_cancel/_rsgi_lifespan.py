@@ -15,6 +15,7 @@ class Lifespan:
     """The lifespan of an application in one event loop.
 
     :ivar state: what the application left there for its requests
+    :ivar running: the tasks of these requests
     """
 
     _known = _last = False
@@ -22,6 +23,7 @@ class Lifespan:
 
     def __init__(self, app: ASGIApp) -> None:
         self.state: dict[str, Any] = {}
+        self.running: set[asyncio.Task[Any]] = set()
         self._app = app
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._answered = asyncio.Event()
@@ -43,8 +45,15 @@ class Lifespan:
         else:
             self._known = True
 
-    async def shutdown(self) -> None:
-        """Shut the application down. What goes wrong there is logged: there is nobody left to tell."""
+    async def shutdown(self, timeout: float) -> None:
+        """Shut the application down. What goes wrong there is logged: there is nobody left to tell.
+
+        :param timeout: seconds that requests may take until then
+        """
+        if self.running:
+            await asyncio.wait(self.running, timeout=timeout)
+        if self.running:
+            logger.warning("%s requests have not ended within %s s", len(self.running), timeout)
         if not self._known:
             return
         if not self._task.done():

@@ -19,7 +19,7 @@ CLOSE, BYTES = 0, 1  # kinds of messages; the third is text
 NO_CODE, ABNORMAL = 1005, 1006  # RFC 6455, section 7.4.1
 
 
-class Conversation:
+class Conversation(News):
     """A WebSocket.
 
     :ivar gone: the client has closed it, or has left
@@ -35,7 +35,6 @@ class Conversation:
 
     def __init__(self, protocol: WebSocketProtocol) -> None:
         self._protocol = protocol
-        self._news = News()
 
     async def receive(self) -> Message:
         """The application's ``receive``. After the end: websocket.disconnect, at once and always."""
@@ -44,8 +43,8 @@ class Conversation:
             return {"type": "websocket.connect"}
         while self._message is None and not self._closed:
             if self._transport is not None and self._receiving is None:
-                self._receiving = self._news.ask(self._transport.receive(), self._came)
-            await self._news.wait()
+                self._receiving = self.ask(self._transport.receive(), self._came)
+            await self.wait()
         if self._message is not None:
             message, self._message = self._message, None
             return message
@@ -62,7 +61,7 @@ class Conversation:
         else:
             key = "bytes" if message.kind == BYTES else "text"
             self._message = {"type": "websocket.receive", key: message.data}
-        self._news.tell()
+        self.tell()
 
     def _leave(self, code: int) -> None:
         self.gone = True
@@ -73,7 +72,7 @@ class Conversation:
         self._code = code
         if self._receiving is not None:
             self._receiving.cancel()
-        self._news.tell()
+        self.tell()
 
     async def send(self, message: Message) -> None:
         """The application's ``send``.
@@ -107,7 +106,7 @@ class Conversation:
         except RuntimeError:
             self._leave(ABNORMAL)
             raise ClientGone("the client has left") from None
-        self._news.tell()
+        self.tell()
 
     async def _send(self, transport: WebSocketTransport, message: Message) -> None:
         data = message.get("bytes")

@@ -34,17 +34,22 @@ class RSGI:
 
     :param app: the ASGI application, with its lifespan and its WebSockets
     :param root_path: the path that a proxy strips before it passes requests on, e.g. ``"/api"``
+    :param shutdown_timeout: seconds that cleanups and background tasks may still take when the server has stopped;
+        Granian by itself would not wait for what has no connection any more
     :raises TypeError: ``app`` cannot be called
-    :raises ValueError: ``root_path`` does not begin with a slash, or ends with one
+    :raises ValueError: ``root_path`` does not begin with a slash, or ends with one; ``shutdown_timeout`` is negative
     """
 
-    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+    def __init__(self, app: ASGIApp, root_path: str = "", *, shutdown_timeout: float = 30) -> None:
         if not callable(app):
             raise TypeError(f"app must be an ASGI application, not {app!r}")
         if root_path and (not root_path.startswith("/") or root_path.endswith("/")):
             raise ValueError(f'root_path must be empty or like "/api", not {root_path!r}')
+        if not shutdown_timeout >= 0:
+            raise ValueError(f"shutdown_timeout must be a number of seconds, 0 or more, not {shutdown_timeout!r}")
         self.app = app
         self.root_path = root_path
+        self.shutdown_timeout = shutdown_timeout
         self._lifespans: dict[asyncio.AbstractEventLoop, Lifespan] = {}  # workers may be threads, each with a loop
 
     def __rsgi_init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -52,15 +57,20 @@ class RSGI:
 
         :raises Exception: what the application's start-up failed with: Granian stops
         """
-        lifespan = self._lifespans[loop] = Lifespan(self.app)
-        loop.run_until_complete(lifespan.startup())
+        loop.run_until_complete(self._lifespan(loop).startup())
 
     def __rsgi_del__(self, loop: asyncio.AbstractEventLoop) -> None:
         """The worker has stopped; ``loop`` does not run any more."""
-        loop.run_until_complete(self._lifespans.pop(loop).shutdown())
+        loop.run_until_complete(self._lifespans.pop(loop).shutdown(self.shutdown_timeout))
+
+    def _lifespan(self, loop: asyncio.AbstractEventLoop) -> Lifespan:
+        if (lifespan := self._lifespans.get(loop)) is None:
+            lifespan = self._lifespans[loop] = Lifespan(self.app)
+        return lifespan
 
     async def __rsgi__(self, scope: Scope, protocol: Any) -> None:
-        asgi = self._scope(scope)
+        lifespan = self._lifespan(asyncio.get_running_loop())
+        asgi = self._scope(scope, lifespan.state)
         connection: Exchange | Conversation
         if scope.proto == "http":
             asgi["type"] = "http"
@@ -72,23 +82,26 @@ class RSGI:
             offered = scope.headers.get("sec-websocket-protocol") or ""
             asgi["subprotocols"] = [name.strip() for name in offered.split(",") if name.strip()]
             connection = Conversation(protocol)
+        task = asyncio.current_task()
+        assert task is not None
+        lifespan.running.add(task)
         try:
             await self.app(asgi, connection.receive, connection.send)
-        except (Exception, BaseExceptionGroup) as exc:
+        except Exception as exc:
             if not is_quiet(exc):
                 logger.error("%s %s failed", asgi.get("method", "WebSocket"), scope.path, exc_info=exc)
         else:
             if (missing := connection.missing()) is not None:
                 logger.error("%s %s returned without %s", asgi.get("method", "WebSocket"), scope.path, missing)
         finally:
+            lifespan.running.discard(task)
             connection.close()
 
-    def _scope(self, scope: Scope) -> dict[str, Any]:
+    def _scope(self, scope: Scope, state: dict[str, Any]) -> dict[str, Any]:
         """What HTTP and WebSocket have in common. There is no ``raw_path``: RSGI gives the path decoded."""
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in scope.headers.items()]
         if (authority := scope.authority) is not None:  # HTTP/2
             headers = [(b"host", authority.encode("latin-1")), *_without_crumbs(headers)]
-        lifespan = self._lifespans.get(asyncio.get_running_loop())
         return {
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": HTTP_VERSIONS.get(scope.http_version, scope.http_version),
@@ -99,7 +112,7 @@ class RSGI:
             "headers": headers,
             "client": address(scope.client),
             "server": address(scope.server),
-            "state": {} if lifespan is None else lifespan.state.copy(),
+            "state": state.copy(),
             "extensions": {},
         }
 

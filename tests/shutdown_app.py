@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.sse import EventSourceResponse as NativeSSE
 from sse_starlette.sse import AppStatus
 
-from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, SSEResponse, shutdown
+from fastapi_cancel import RSGI, CancellableRoute, CancellableStreamingResponse, CancelPolicy, SSEResponse, shutdown
 
 from .app import Layer
 
@@ -131,3 +131,5 @@ app.include_router(router)
 app.include_router(plain)
 for _ in range(int(os.environ.get("MIDDLEWARE", "0"))):
     app.add_middleware(Layer)
+
+rsgi_application = RSGI(app)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import runpy
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from fastapi import APIRouter
 
@@ -35,6 +37,18 @@ async def release(*args: object) -> None: ...
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_in_the_documentation_runs(page: Path, tmp_path: Path) -> None:
     """The blocks of a page in their order, in one module; names that the prose explains are given."""
+    run(page, tmp_path)
+
+
+def test_tests_in_the_documentation_pass(tmp_path: Path) -> None:
+    names = run(ROOT / "docs/testing.md", tmp_path)
+    tests = [test for name, test in names.items() if name.startswith("test_") and iscoroutinefunction(test)]
+    assert len(tests) > 3
+    for test in tests:
+        anyio.run(test)
+
+
+def run(page: Path, tmp_path: Path) -> dict[str, Any]:
     given: dict[str, Any] = {
         "router": APIRouter(route_class=CancellableRoute),
         "Document": dict[str, str],
@@ -48,7 +62,7 @@ def test_python_in_the_documentation_runs(page: Path, tmp_path: Path) -> None:
     code = "\n\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
     script = tmp_path / "page.py"
     script.write_text(code)
-    runpy.run_path(str(script), given)
+    return runpy.run_path(str(script), given)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

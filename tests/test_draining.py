@@ -6,7 +6,9 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from functools import partial
 from time import monotonic
 from types import FrameType
@@ -18,13 +20,13 @@ import anyio.to_thread
 import pytest
 import trio
 from sse_starlette.sse import AppStatus
+from starlette.types import Receive, Scope, Send
 
 import fastapi_cancel
 from fastapi_cancel import CancellableStreamingResponse, SSEResponse, shutdown
 from fastapi_cancel._heart import AT_ONCE, Heart
 from fastapi_cancel._listeners import OLDEST, address_of, listening
-
-from .asgi import Connection
+from fastapi_cancel.testing import LeavingClient, Visit, after_chunks
 
 pytestmark = pytest.mark.anyio
 
@@ -33,29 +35,31 @@ class Streams:
     """So many open streams, each with a farewell."""
 
     def __init__(self, count: int = 1, server: tuple[str, int] | None = None) -> None:
-        self.connections = [Connection() for _ in range(count)]
-        for connection in self.connections:
-            connection.scope["server"] = server
-        self.open = 0
+        self.count = count
+        self.server = server
+        self.visits: list[Visit] = []
 
     async def content(self) -> AsyncIterator[str]:
-        self.open += 1
         yield "first"
         await anyio.sleep_forever()
 
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await SSEResponse(self.content(), farewell="bye")({**scope, "server": self.server}, receive, send)
+
     async def run(self, stop: Any) -> None:
         """Have ``stop`` called once all are open; return when all have ended."""
-        with anyio.fail_after(10):
-            async with anyio.create_task_group() as group:
-                for connection in self.connections:
-                    group.start_soon(connection.run, SSEResponse(self.content(), farewell="bye"))
-                while self.open + self.told < len(self.connections):
-                    await anyio.sleep(0.001)
-                stop()
+        async with AsyncExitStack() as stack:
+            client = LeavingClient(self.app)
+            self.visits = [await stack.enter_async_context(client.visit("GET", "/")) for _ in range(self.count)]
+            for visit in self.visits:
+                await visit.until(after_chunks(1))
+            stop()
+        for visit in self.visits:
+            visit.assert_clean()
 
     @property
     def told(self) -> int:
-        return sum(b"data: bye" in connection.body for connection in self.connections)
+        return sum(visit.events[-1].data == "bye" for visit in self.visits if visit.events)
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ async def test_a_signal_ends_all_streams_and_reaches_its_handler(heard: list[int
     """C22: more of them than are told in one turn."""
     streams = Streams(2 * shutdown.AT_ONCE + 1)
     await streams.run(lambda: signal.raise_signal(signum))
-    assert streams.told == len(streams.connections)
+    assert streams.told == streams.count
     assert heard == [signum]
 
 
@@ -88,10 +92,7 @@ async def test_a_stream_that_begins_after_the_signal_ends_at_once(heard: list[in
     await late.run(int)
     assert late.told == 1
     plain = CancellableStreamingResponse(late.content(), media_type="text/event-stream")
-    connection = Connection()
-    with anyio.fail_after(10):
-        await connection.run(plain)
-    assert connection.sent[-1] == {"type": "http.response.body"}
+    (await LeavingClient(plain).get("/")).assert_clean()
 
 
 async def test_a_later_server_starts_anew(heard: list[int]) -> None:
@@ -114,7 +115,7 @@ async def test_a_later_server_starts_anew(heard: list[int]) -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_other_threads_hear_no_signals(heard: list[int]) -> None:
     """As their servers hear none."""
-    other = Streams(2)
+    other, opened = Streams(2), threading.Event()
     told: list[int] = []
 
     async def in_thread() -> None:
@@ -122,13 +123,15 @@ async def test_other_threads_hear_no_signals(heard: list[int]) -> None:
             told.append(other.told)
             shutdown.drain()
 
-        loop = asyncio.get_running_loop()
-        await other.run(lambda: loop.call_later(0.5, stop))
+        def stop_later() -> None:
+            opened.set()
+            asyncio.get_running_loop().call_later(0.5, stop)
+
+        await other.run(stop_later)
 
     async with anyio.create_task_group() as group:
         group.start_soon(anyio.to_thread.run_sync, partial(asyncio.run, in_thread()))
-        while other.open < 2:
-            await asyncio.sleep(0.01)
+        await anyio.to_thread.run_sync(opened.wait)
         ours = Streams()
         await ours.run(lambda: signal.raise_signal(signal.SIGTERM))
         assert ours.told == 1
@@ -140,7 +143,7 @@ async def test_a_stream_that_finishes_leaves_the_others_open() -> None:
     streams = Streams()
 
     async def finish_one() -> None:
-        await Connection().run(SSEResponse(["1"]))
+        await LeavingClient(SSEResponse(["1"])).get("/")
         assert streams.told == 0
         assert shutdown.drain() == 1
 
@@ -170,19 +173,14 @@ async def test_a_closed_listening_socket_ends_the_streams_that_came_in_there() -
     theirs = Streams(1, other.sockets[0].getsockname())
     unknown = Streams(1, ("127.0.0.1", 1))
 
-    async def stop() -> None:
-        while ours.told < 2:
-            await asyncio.sleep(0.01)
-        assert (theirs.told, unknown.told) == (0, 0)
-        shutdown.drain()
-
     async with anyio.create_task_group() as group:
-        group.start_soon(stop)
         group.start_soon(theirs.run, int)
         group.start_soon(unknown.run, int)
         await ours.run(one.close)
         await late.run(int)
-    assert late.told == theirs.told == unknown.told == 1
+        assert (ours.told, late.told, theirs.told, unknown.told) == (2, 1, 0, 0)
+        shutdown.drain()
+    assert theirs.told == unknown.told == 1
     for server in servers:
         server.close()
 
@@ -363,6 +361,7 @@ def test_what_needs_sse_starlette_says_so(
 ) -> None:
     monkeypatch.delitem(sys.modules, "fastapi_cancel.sse")
     monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(vars(fastapi_cancel), "SSEResponse", raising=False)  # else it is there since the first import
     with pytest.raises(error, match=message):
         _ = fastapi_cancel.SSEResponse
     with pytest.raises(AttributeError, match="no attribute 'SSE'"):

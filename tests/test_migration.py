@@ -24,12 +24,11 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 import fastapi_cancel
 from fastapi_cancel import CancellableRoute, SSEResponse, drain
-
-from .asgi import Connection
+from fastapi_cancel.testing import LeavingClient, Visit, after_event, after_start
 
 pytestmark = pytest.mark.anyio
 
@@ -77,18 +76,6 @@ def replace_import(line: re.Match[str]) -> str:
     return "from fastapi_cancel import SSEResponse as EventSourceResponse"
 
 
-class Shared(Connection):
-    """As uvicorn has it, several may read at once: a route that is not ours leaves its request with the server's
-    ``receive``, which the examples peek at.
-    """
-
-    async def receive(self) -> Message:
-        if self.pieces:
-            return {"type": "http.request", "body": self.pieces.pop(0), "more_body": False}
-        await self.left.wait()
-        return {"type": "http.disconnect"}
-
-
 def application(respond: Callable[[Request], SSEResponse], route_class: type[APIRoute]) -> FastAPI:
     app, router = FastAPI(), APIRouter(route_class=route_class)
 
@@ -103,12 +90,15 @@ def application(respond: Callable[[Request], SSEResponse], route_class: type[API
 routes = pytest.mark.parametrize("route_class", [APIRoute, CancellableRoute])
 
 
-async def wire(response: Any, connection: Connection | None = None) -> bytes:
-    connection = connection or Connection()
-    with anyio.fail_after(10):
-        await connection.run(response)
-    assert connection.sent[-1].get("more_body", False) is False
-    return connection.body
+async def visited(app: Any, path: str = "/") -> Visit:
+    """By a client that stays to the end."""
+    visit = await LeavingClient(app).get(path)
+    visit.assert_clean()
+    return visit
+
+
+async def body_of(app: Any) -> bytes:
+    return (await visited(app)).body
 
 
 def numbered(text: str, numbers: range) -> bytes:
@@ -128,12 +118,10 @@ def test_every_example_of_the_readme_is_tested() -> None:
 
 async def test_quick_start() -> None:
     app = run("app = Starlette(")["app"]
-    connection = Connection(path="/events")
-    with anyio.fail_after(10):
-        await connection.run(app)
-    assert connection.status == 200
-    assert dict(connection.sent[0]["headers"])[b"content-type"] == b"text/event-stream; charset=utf-8"
-    assert connection.body == numbered("Event", range(10))
+    visit = await visited(app, "/events")
+    assert visit.status == 200
+    assert visit.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert visit.body == numbered("Event", range(10))
 
 
 async def test_basic_usage() -> None:
@@ -145,7 +133,7 @@ async def test_basic_usage() -> None:
             return f"item {self.id}"
 
     response = run("async def stream_data():", data=[Item(1), Item(2)])["returned"]
-    assert await wire(response) == (
+    assert await body_of(response) == (
         b"id: 1\r\nevent: update\r\ndata: item 1\r\n\r\nid: 2\r\nevent: update\r\ndata: item 2\r\n\r\n"
     )
 
@@ -161,22 +149,23 @@ async def test_events(containing: str, expected: bytes) -> None:
     """`run("retry=5000")` and `run("import JSONServerSentEvent")`."""
     event = run(containing)["event"]
     assert isinstance(event, (fastapi_cancel.ServerSentEvent, fastapi_cancel.JSONServerSentEvent))
-    assert await wire(SSEResponse([event])) == expected
+    assert await body_of(SSEResponse([event])) == expected
 
 
 async def test_custom_ping() -> None:
     """Their heartbeat comes every ten seconds; ours when nothing else has."""
-    connection = Connection()
 
     async def generate() -> AsyncIterator[str]:
-        while b": Custom" not in connection.body:
+        while b": Custom" not in visit.body:
             await anyio.lowlevel.checkpoint()
         yield "seen"
 
     response = run("def custom_ping", generate_events=generate)["returned"]
     assert response.ping_interval == 10
     response.ping_interval = 0.01
-    assert re.fullmatch(rb"(: Custom ping message\r\n\r\n)+data: seen\r\n\r\n", await wire(response, connection))
+    async with LeavingClient(response).visit("GET", "/") as visit:
+        pass
+    assert re.fullmatch(rb"(: Custom ping message\r\n\r\n)+data: seen\r\n\r\n", visit.body)
 
 
 def test_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +174,7 @@ def test_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def respond(content: Any) -> SSEResponse:
         response = SSEResponse(content)
-        bodies.append(asyncio.get_event_loop().run_until_complete(wire(response)))
+        bodies.append(asyncio.get_event_loop().run_until_complete(body_of(response)))
         return response
 
     monkeypatch.setattr(fastapi_cancel, "SSEResponse", respond, raising=False)
@@ -216,7 +205,7 @@ async def test_database_streaming(route_class: type[APIRoute]) -> None:
         given = {"AsyncSession": Session, "select": lambda model: None, "User": object, "request": request}
         return run("async def stream_database_results", **given)["returned"]
 
-    body = await wire(application(respond, route_class), Shared())
+    body = await body_of(application(respond, route_class))
     assert body == b"id: 1\r\ndata: Ada\r\n\r\nid: 2\r\ndata: Bob\r\n\r\n"
     assert closed == [True]
 
@@ -226,36 +215,34 @@ async def test_error_handling_and_timeouts(route_class: type[APIRoute]) -> None:
     def respond(request: Request) -> Any:
         return run("async def robust_stream", request=request)["returned"]
 
-    connection = Shared()
-    assert await wire(application(respond, route_class), connection) == numbered("Item", range(100))
-    assert dict(connection.sent[0]["headers"])[b"cache-control"] == b"no-cache"
+    visit = await visited(application(respond, route_class))
+    assert visit.body == numbered("Item", range(100))
+    assert visit.headers["cache-control"] == "no-cache"
 
 
 async def test_memory_channels() -> None:
     """The channel is closed: AnyIO warns of one that is not."""
     response = await run("async def data_producer")["channel_endpoint"](None)
-    assert await wire(response) == numbered("Item", range(10))
+    assert await body_of(response) == numbered("Item", range(10))
     with pytest.raises(anyio.ClosedResourceError):
         response.body_iterator.receive_nowait()
 
 
 async def test_cooperative_shutdown() -> None:
     """The generator sees `shutdown_event` and says its own farewell, uninterrupted."""
-    connection = Connection()
     response = await run("async def graceful_stream")["graceful_stream"](None)
-    async with anyio.create_task_group() as group:
-        group.start_soon(wire, response, connection)
-        while b"tick" not in connection.body:
-            await anyio.lowlevel.checkpoint()
+    async with LeavingClient(response).visit("GET", "/") as visit:
+        await visit.until(after_event("tick"))
         assert drain() == 1
-    assert connection.body == b"data: tick\r\n\r\nevent: shutdown\r\ndata: Server is shutting down\r\n\r\n"
+    visit.assert_clean()
+    assert visit.body == b"data: tick\r\n\r\nevent: shutdown\r\ndata: Server is shutting down\r\n\r\n"
 
 
 @routes
 async def test_client_disconnection(route_class: type[APIRoute]) -> None:
     stream = run("async def monitored_stream")["monitored_stream"]
     app = application(lambda request: SSEResponse(stream(request)), route_class)
-    assert await wire(app, Shared()) == numbered("Event", range(100))
+    assert await body_of(app) == numbered("Event", range(100))
 
 
 @routes
@@ -265,19 +252,14 @@ async def test_client_disconnection_is_noticed(
     """The generator is interrupted while it sleeps."""
     stream = run("async def monitored_stream")["monitored_stream"]
     monkeypatch.setattr(asyncio, "sleep", lambda seconds: anyio.Event().wait())
-    connection = Shared()
-    with anyio.fail_after(10):
-        async with anyio.create_task_group() as group:
-            group.start_soon(connection.run, application(lambda request: SSEResponse(stream(request)), route_class))
-            while b"Event 0" not in connection.body:
-                await anyio.lowlevel.checkpoint()
-            connection.leave()
+    app = application(lambda request: SSEResponse(stream(request)), route_class)
+    (await LeavingClient(app).get("/", leave=after_event("Event 0"))).assert_clean()
     assert capsys.readouterr().out == "Stream cancelled\n"
 
 
 async def test_connection_limits() -> None:
     limiter = run("class ConnectionLimiter", generate_events=generate_events)["ConnectionLimiter"]()
-    assert await wire(await limiter.limited_endpoint(None)) == b"data: given\r\n\r\n"
+    assert await body_of(await limiter.limited_endpoint(None)) == b"data: given\r\n\r\n"
 
 
 # -- what an application may have relied on ------------------------------------------------------
@@ -320,43 +302,40 @@ def test_a_bad_separator_is_refused(sep: str) -> None:
 @pytest.mark.parametrize("method", ["HEAD", "head"])
 async def test_head_opens_no_stream(method: str) -> None:
     """sysid/sse-starlette#218: in whatever case."""
-    connection = Connection(method=method)
 
     async def endless() -> AsyncIterator[str]:
         pytest.fail("the stream was opened")
         yield ""
 
-    with anyio.fail_after(5):
-        await connection.run(SSEResponse(endless()))
-    assert connection.sent[1:] == [{"type": "http.response.body", "body": b"", "more_body": False}]
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        await SSEResponse(endless())({**scope, "method": method}, receive, send)
+
+    assert await body_of(asked) == b""
 
 
 async def test_a_memory_channel_is_closed() -> None:
     """Whoever feeds it is told that nobody listens any more."""
     sender, receiver = anyio.create_memory_object_stream[str](1)
-    connection = Connection()
-    async with anyio.create_task_group() as group:
-        group.start_soon(connection.run, SSEResponse(receiver))
-        await sender.send("x")
-        while b"x" not in connection.body:
-            await anyio.lowlevel.checkpoint()
-        connection.leave()
+    sender.send_nowait("x")
+    (await LeavingClient(SSEResponse(receiver)).get("/", leave=after_event("x"))).assert_clean()
     with sender, pytest.raises(anyio.BrokenResourceError):
         sender.send_nowait("y")
 
 
 async def test_a_shutdown_does_not_wait_for_a_client_that_does_not_read() -> None:
     """C22: the farewell and the end of the response are tried, and given up."""
-    connection = Connection()
 
     async def feed() -> AsyncIterator[str]:
         await anyio.Event().wait()
         yield ""
 
-    with anyio.fail_after(10):
-        async with anyio.create_task_group() as group:
-            group.start_soon(connection.run, SSEResponse(feed(), farewell="bye"))
-            while not connection.sent:
-                await anyio.lowlevel.checkpoint()
-            connection.unblocked = anyio.Event()
-            assert drain() == 1
+    async def behind(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_the_start(message: Message) -> None:
+            await (send(message) if message["type"] == "http.response.start" else anyio.Event().wait())
+
+        await SSEResponse(feed(), farewell="bye")(scope, receive, send_the_start)
+
+    async with LeavingClient(behind).visit("GET", "/") as visit:
+        await visit.until(after_start())
+        assert drain() == 1
+    assert not visit.completed

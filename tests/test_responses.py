@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -24,18 +25,25 @@ from starlette.types import Receive, Scope, Send
 from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
 from fastapi_cancel._closing import InThread, close, in_threads
 from fastapi_cancel.protect import protect
-
-from .asgi import Connection, run_until_left
+from fastapi_cancel.testing import (
+    Habits,
+    LeavingClient,
+    Moment,
+    Visit,
+    after_chunks,
+    after_start,
+    at_wait,
+    before_body,
+    when,
+)
 
 pytestmark = pytest.mark.anyio
+NO_TEXT = AttributeError("'int' object has no attribute 'encode'")
 
 
 async def numbers(count: int = 3) -> AsyncIterator[str]:
     for number in range(count):
         yield str(number)
-
-
-async def nothing() -> None: ...
 
 
 class Notes(list[str]):
@@ -49,6 +57,23 @@ class Notes(list[str]):
                 raise error
 
         return note
+
+
+async def clean(app: Any, leave: Moment | None = None) -> Visit:
+    """A visit that leaves nothing behind."""
+    visit = await LeavingClient(app).get("/", leave=leave)
+    visit.assert_clean()
+    return visit
+
+
+async def failed(app: Any, error: BaseException, leave: Moment | None = None) -> list[str]:
+    """What is logged for a visit whose application fails, and leaves nothing behind."""
+    visit = await LeavingClient(app).get("/", leave=leave)
+    assert repr(visit.error) == repr(error)
+    *logged, last = visit.faults
+    assert {fault.kind for fault in logged} <= {"logged"}
+    assert last.kind == "error"
+    return [fault.text for fault in logged]
 
 
 # -- what they are, and what they refuse ---------------------------------------------------------
@@ -83,12 +108,9 @@ async def test_a_wrong_argument_is_named(arguments: dict[str, Any], error: type[
     [lambda: numbers(), lambda: ["0", b"1", memoryview(b"2")], lambda: iter("012"), lambda: (str(n) for n in range(3))],
 )
 async def test_any_content_that_starlette_takes(content: Callable[[], Any]) -> None:
-    response = CancellableStreamingResponse(content(), 201, {"x-a": "b"}, "text/plain")
-    connection = Connection()
-    await connection.run(response)
-    assert (connection.status, connection.body) == (201, b"012")
-    assert (b"x-a", b"b") in connection.sent[0]["headers"]
-    assert (b"content-type", b"text/plain; charset=utf-8") in connection.sent[0]["headers"]
+    visit = await clean(CancellableStreamingResponse(content(), 201, {"x-a": "b"}, "text/plain"))
+    assert (visit.status, visit.body) == (201, b"012")
+    assert (visit.headers["x-a"], visit.headers["content-type"]) == ("b", "text/plain; charset=utf-8")
 
 
 async def test_as_a_websocket_denial() -> None:
@@ -114,15 +136,11 @@ async def test_as_a_websocket_denial() -> None:
 
 async def test_nothing_is_pulled_or_sent_after_the_signal() -> None:
     """C16: within its grace the generator may finish its step; what that yields is not sent."""
-    connection = Connection()
-    started = anyio.Event()
     notes = Notes()
 
     async def content() -> AsyncIterator[str]:
         try:
             yield "first"
-            started.set()
-            await connection.left.wait()
             await anyio.sleep(0.01)
             yield "second"
             notes.append("pulled again")
@@ -130,9 +148,8 @@ async def test_nothing_is_pulled_or_sent_after_the_signal() -> None:
             await anyio.sleep(0.001)
             notes.append("closed")
 
-    response = CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4))
-    await run_until_left(connection, response, started)
-    assert connection.body == b"first"
+    visit = await clean(CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4)), after_chunks(1))
+    assert visit.body == b"first"
     assert notes == ["closed"]
 
 
@@ -149,37 +166,30 @@ async def test_nothing_is_sent_after_the_signal_to_a_client_that_is_still_there(
         finally:
             notes.append("closed")
 
-    connection = Connection()
-    await connection.run(CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4)))
-    assert connection.body == b"first"
+    response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
+    visit = await LeavingClient(response).get("/")
+    assert (visit.body, visit.completed, visit.error) == (b"first", False, None)
     assert notes == ["closed"]
 
 
 async def test_nothing_is_pulled_after_a_signal_that_came_during_send() -> None:
     """C16: before each chunk is pulled, too."""
-    connection, notes = Connection(), Notes()
+    notes = Notes()
 
     async def content() -> AsyncIterator[str]:
-        connection.unblocked = anyio.Event()
         yield "first"
         notes.append("pulled again")
 
-    async def unblock() -> None:
-        await anyio.sleep(0.05)
-        connection.unblocked.set()
-
     response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
-    async with anyio.create_task_group() as group:
-        group.start_soon(unblock)
-        await connection.run(response)
-    assert connection.body == b"first"
+    async with LeavingClient(response).visit("GET", "/", stall=after_start()) as visit:
+        await visit.until(when(lambda: visit.cause))
+        visit.resume()
+    assert (visit.body, visit.cause) == (b"first", "timeout")
     assert notes == []
 
 
 async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
     """C11: the client is gone when the response begins."""
-    connection = Connection()
-    connection.leave()
     notes = Notes()
 
     async def content() -> AsyncIterator[str]:
@@ -194,7 +204,7 @@ async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
 
         await protect(respond, scope, receive, send, CancelPolicy(grace=1))
 
-    await connection.run(app)
+    await clean(app, before_body())
     assert notes == ["cleaned"]
 
 
@@ -207,117 +217,92 @@ async def test_hooks_run_once_after_a_finish_before_the_background_task() -> Non
         numbers(), background=BackgroundTask(notes.hook("background")), cleanup=[notes.hook("1"), notes.hook("2")]
     )
     response.add_cleanup(partial(notes.hook("3")))
-    connection = Connection()
-    await connection.run(response)
+    visit = await clean(response)
     await response.aclose()
-    assert connection.body == b"012"
+    assert visit.body == b"012"
     assert notes == ["3", "2", "1", "background"]
 
 
 async def test_hooks_and_background_run_after_a_disconnect() -> None:
     """C11, C12."""
-    connection, started, notes = Connection(), anyio.Event(), Notes()
+    notes = Notes()
 
     async def content() -> AsyncIterator[str]:
-        started.set()
         await anyio.sleep_forever()
         yield ""
 
     response = CancellableStreamingResponse(
         content(), background=BackgroundTask(notes.hook("background")), cleanup=notes.hook("cleaned")
     )
-    await run_until_left(connection, response, started)
+    await clean(response, at_wait(1))
     assert notes == ["cleaned", "background"]
 
 
 async def test_a_policy_drops_the_background_task() -> None:
-    connection, started, notes = Connection(), anyio.Event(), Notes()
+    notes = Notes()
 
     async def content() -> AsyncIterator[str]:
-        started.set()
         await anyio.sleep_forever()
         yield ""
 
     response = CancellableStreamingResponse(
         content(), background=BackgroundTask(notes.hook("background")), policy=CancelPolicy(background=False)
     )
-    await run_until_left(connection, response, started)
+    await clean(response, at_wait(1))
     assert notes == []
 
 
-async def test_a_hook_that_fails_stops_no_other_and_hides_no_error(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_hook_that_fails_stops_no_other_and_hides_no_error() -> None:
     notes = Notes()
+    original = KeyError("the original")
 
     async def content() -> AsyncIterator[str]:
         yield "0"
-        raise KeyError("the original")
+        raise original
 
     response = CancellableStreamingResponse(
         content(), cleanup=[notes.hook("1"), notes.hook("2", ValueError("the hook's")), notes.hook("3")]
     )
-    with pytest.raises(KeyError, match="the original"):
-        await Connection().run(response)
+    (line,) = await failed(response, original)
     assert notes == ["3", "2", "1"]
-    (record,) = caplog.records
-    assert record.levelno == logging.ERROR
-    assert "of CancellableStreamingResponse failed" in record.getMessage()
+    assert re.match("fastapi_cancel ERROR: cleanup .* of CancellableStreamingResponse failed", line)
 
 
-async def test_a_hook_that_hangs_is_cut_and_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_hook_that_hangs_is_cut_and_stops_no_other() -> None:
     notes = Notes()
-
-    async def hangs() -> None:
-        await anyio.sleep_forever()
-
     response = CancellableStreamingResponse(
-        numbers(), cleanup=[notes.hook("1"), hangs], policy=CancelPolicy(cleanup_timeout=0.02)
+        numbers(), cleanup=[notes.hook("1"), anyio.sleep_forever], policy=CancelPolicy(cleanup_timeout=0.02)
     )
-    await Connection().run(response)
+    visit = await LeavingClient(response).get("/")
     assert notes == ["1"]
-    assert "not finished after 0.02 s" in caplog.text
+    (fault,) = visit.faults
+    assert "not finished after 0.02 s" in fault.text
 
 
-async def test_a_client_that_leaves_during_the_hooks_stops_none(anyio_backend: str) -> None:
+async def test_a_client_that_leaves_during_the_hooks_stops_none() -> None:
     """The response has failed; its hooks are not cancelled on top of it."""
-    connection, started, notes = Connection(), anyio.Event(), Notes()
+    notes, error = Notes(), KeyError()
 
     async def content() -> AsyncIterator[str]:
         yield "0"
-        raise KeyError
+        raise error
 
     async def hook() -> None:
-        started.set()
         await anyio.sleep(0.02)
         notes.append("slow")
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        with pytest.raises(KeyError):
-            await CancellableStreamingResponse(content(), cleanup=[notes.hook("last"), hook])(scope, receive, send)
-
-    await run_until_left(connection, app, started)
+    response = CancellableStreamingResponse(content(), cleanup=[notes.hook("last"), hook])
+    assert await failed(response, error, at_wait(1)) == []
     assert notes == ["slow", "last"]
 
 
-def test_a_native_cancellation_cuts_one_hook_short_and_not_the_rest() -> None:
-    import asyncio
-
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_native_cancellation_cuts_one_hook_short_and_not_the_rest() -> None:
     notes = Notes()
-
-    async def main() -> None:
-        started = anyio.Event()
-
-        async def hook() -> None:
-            started.set()
-            await anyio.sleep_forever()
-
-        response = CancellableStreamingResponse(numbers(), cleanup=[notes.hook("last"), hook])
-        task = asyncio.create_task(Connection().run(response))
-        await started.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    anyio.run(main)
+    response = CancellableStreamingResponse(numbers(), cleanup=[notes.hook("last"), anyio.sleep_forever])
+    visit = await LeavingClient(response, server=Habits(cancels_after=0)).get("/", leave=at_wait(1))
+    visit.assert_clean()
+    assert isinstance(visit.error, asyncio.CancelledError)
     assert notes == ["last"]
 
 
@@ -326,19 +311,18 @@ def test_a_native_cancellation_cuts_one_hook_short_and_not_the_rest() -> None:
 
 async def test_a_generator_is_closed_in_its_own_task() -> None:
     """C11: a task group that spans the `yield` can only be left by the task that entered it."""
-    connection, started, notes = Connection(), anyio.Event(), Notes()
+    notes = Notes()
 
     async def content() -> AsyncIterator[str]:
         async with anyio.create_task_group():
             try:
                 yield "first"
-                started.set()
                 yield "second"
                 await anyio.sleep_forever()
             finally:
                 notes.append("closed")
 
-    await run_until_left(connection, CancellableStreamingResponse(content()), started)
+    await clean(CancellableStreamingResponse(content()), after_chunks(2))
     assert notes == ["closed"]
 
 
@@ -361,12 +345,11 @@ async def test_a_wrapped_body_is_closed_through_and_through() -> None:
 
     response = CancellableStreamingResponse(content())
     response.body_iterator = wrap(response.body_iterator)
-    with pytest.raises(AttributeError, match="encode"):
-        await Connection().run(response)
+    assert await failed(response, NO_TEXT) == []
     assert notes == ["wrapper", "content"]
 
 
-async def test_a_generator_that_fails_to_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_generator_that_fails_to_close_is_logged() -> None:
     notes = Notes()
 
     async def content() -> AsyncIterator[Any]:
@@ -376,9 +359,8 @@ async def test_a_generator_that_fails_to_close_is_logged(caplog: pytest.LogCaptu
             raise ValueError("in the generator's cleanup")
 
     response = CancellableStreamingResponse(content(), cleanup=notes.hook("cleaned"))
-    with pytest.raises(AttributeError, match="encode"):
-        await Connection().run(response)
-    assert "in the generator's cleanup" in caplog.text
+    (line,) = await failed(response, NO_TEXT)
+    assert "in the generator's cleanup" in line
     assert notes == ["cleaned"]
 
 
@@ -450,7 +432,7 @@ async def test_what_is_no_generator_is_left_to_its_owner(caplog: pytest.LogCaptu
             self.closed = True
 
     shared = Shared()
-    await Connection().run(CancellableStreamingResponse(shared))
+    await clean(CancellableStreamingResponse(shared))
     await close(shared)
     assert not shared.closed
 
@@ -476,9 +458,7 @@ async def test_a_file_and_its_cleanup(tmp_path: Path) -> None:
     response = CancellableFileResponse(
         path, filename="x.txt", cleanup=[notes.hook("cleaned")], background=BackgroundTask(notes.hook("background"))
     )
-    connection = Connection()
-    await connection.run(response)
-    assert connection.body == b"content"
+    assert (await clean(response)).body == b"content"
     assert notes == ["cleaned", "background"]
 
 
@@ -488,11 +468,10 @@ async def test_one_response_may_serve_several_requests_at_once(tmp_path: Path) -
     path.write_text("content")
     notes = Notes()
     response = CancellableFileResponse(path, background=BackgroundTask(notes.hook("background")))
-    connections = [Connection() for _ in range(3)]
-    async with anyio.create_task_group() as group:
-        for connection in connections:
-            group.start_soon(connection.run, response)
-    assert [connection.body for connection in connections] == [b"content"] * 3
+    client = LeavingClient(response)
+    async with client.visit("GET", "/") as one, client.visit("GET", "/") as two, client.visit("GET", "/") as three:
+        pass
+    assert one.body == two.body == three.body == b"content"
     assert notes == ["background"] * 3
 
 
@@ -518,6 +497,4 @@ async def test_on_any_route_of_any_app(route_class: type[CancellableRoute] | Non
         app = FastAPI()
         app.router.route_class = route_class
         app.add_api_route("/", fastapi_endpoint)
-    connection = Connection()
-    await connection.run(app)
-    assert connection.body == b"012"
+    assert (await clean(app)).body == b"012"

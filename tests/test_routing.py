@@ -13,13 +13,23 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, Respo
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, cancel_policy, never_cancel
 from fastapi_cancel._endpoints import _OwnTask
 from fastapi_cancel.ladder import Ladder
 from fastapi_cancel.protect import channel_of
-
-from .asgi import Connection, run_until_left
+from fastapi_cancel.testing import (
+    Habits,
+    LeavingClient,
+    Moment,
+    Patience,
+    Visit,
+    after_chunks,
+    at_wait,
+    during_send,
+    when,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -31,6 +41,20 @@ def serve(endpoint: Any, policy: CancelPolicy | None = None, **arguments: Any) -
     router.add_api_route("/", endpoint, **arguments)
     app.include_router(router)
     return app
+
+
+async def clean(app: Any, leave: Moment | None = None, server: str | Habits = "uvicorn") -> Visit:
+    """A visit that leaves nothing behind. A work that is not told when its client leaves has time to end."""
+    visit = await LeavingClient(app, server=server, patience=Patience(untold=5)).get("/", leave=leave)
+    visit.assert_clean()
+    return visit
+
+
+async def failed(app: Any) -> str:
+    """The error of an application that leaves nothing behind."""
+    visit = await LeavingClient(app).get("/")
+    assert [fault.kind for fault in visit.faults] == ["error"]
+    return repr(visit.error)
 
 
 async def test_a_route_keeps_its_endpoint() -> None:
@@ -47,14 +71,8 @@ async def test_a_route_keeps_its_endpoint() -> None:
 
 async def test_a_client_gone_while_nothing_was_sent_is_answered_with_499() -> None:
     """C13: for middleware and access logs; nobody else will see it."""
-    connection, started = Connection(), anyio.Event()
     statuses: list[int] = []
-
-    async def endpoint() -> None:
-        started.set()
-        await anyio.sleep_forever()
-
-    app = serve(endpoint)
+    app = serve(anyio.sleep_forever)
 
     async def observing(scope: Any, receive: Any, send: Any) -> None:
         async def observe(message: Any) -> None:
@@ -64,20 +82,13 @@ async def test_a_client_gone_while_nothing_was_sent_is_answered_with_499() -> No
 
         await app(scope, receive, observe)
 
-    connection.raises = True
-    await run_until_left(connection, observing, started)
+    await clean(observing, at_wait(1), "asgi")
     assert statuses == [499]
 
 
 async def test_a_server_that_never_takes_the_499_is_not_waited_for() -> None:
     """C13: Hypercorn, over HTTP/2: the last `send` on a connection that is gone does not return."""
-    connection, started = Connection(), anyio.Event()
-
-    async def endpoint() -> None:
-        started.set()
-        await anyio.sleep_forever()
-
-    app = serve(endpoint)
+    app = serve(anyio.sleep_forever)
 
     async def never_returning(scope: Any, receive: Any, send: Any) -> None:
         async def never_return(message: Any) -> None:
@@ -85,7 +96,7 @@ async def test_a_server_that_never_takes_the_499_is_not_waited_for() -> None:
 
         await app(scope, receive, never_return)
 
-    await run_until_left(connection, never_returning, started)
+    await clean(never_returning, at_wait(1))
 
 
 @pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 503), ("shutdown", 503)])
@@ -102,34 +113,26 @@ async def test_a_client_that_still_waits_is_answered(cause: Any, status: int) ->
     async def handle(request: Request, exc: HTTPException) -> Response:
         return Response(f"my {exc.status_code}", exc.status_code)
 
-    connection = Connection()
-    await connection.run(app)
-    assert (connection.status, connection.body) == (status, f"my {status}".encode())
+    visit = await clean(app)
+    assert (visit.status, visit.body) == (status, f"my {status}".encode())
 
 
 async def test_a_real_error_of_the_cleanup_reaches_the_server() -> None:
-    connection, started = Connection(), anyio.Event()
-
     async def endpoint() -> None:
         try:
-            started.set()
             await anyio.sleep_forever()
         finally:
             raise ValueError("the cleanup failed")
 
-    with pytest.raises(ExceptionGroup) as info:
-        await run_until_left(connection, serve(endpoint), started)
-    assert info.group_contains(ValueError, match="the cleanup failed")
+    visit = await LeavingClient(serve(endpoint)).get("/", leave=at_wait(1))
+    assert repr(visit.error) == "ValueError('the cleanup failed')"
 
 
 async def test_an_exception_handler_for_the_disconnect_does_not_make_it_loud() -> None:
     """Starlette raises "Caught handled exception, but response already started." from it."""
-    connection, started = Connection(), anyio.Event()
 
     async def content() -> AsyncIterator[str]:
         yield "first"
-        started.set()
-        await connection.left.wait()
         await anyio.sleep(0.01)
         yield "second"
 
@@ -143,23 +146,18 @@ async def test_an_exception_handler_for_the_disconnect_does_not_make_it_loud() -
     async def handle(request: Request, exc: Exception) -> Response:
         raise AssertionError("not for this")
 
-    from starlette.requests import ClientDisconnect
-
     app.add_exception_handler(ClientDisconnect, handle)
-    await run_until_left(connection, app, started)
-    assert connection.body == b"first"
+    assert (await clean(app, after_chunks(1))).body == b"first"
 
 
 async def test_a_group_of_disconnects_is_silent() -> None:
     """C2: `send` raises in a task of the response's own, too."""
-    connection, started = Connection(), anyio.Event()
 
     class InTasks(Response):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             await send({"type": "http.response.start", "status": 200, "headers": []})
 
             async def stream() -> None:
-                await connection.left.wait()
                 while True:
                     await anyio.sleep(0.001)
                     await send({"type": "http.response.body", "body": b"x", "more_body": True})
@@ -167,12 +165,11 @@ async def test_a_group_of_disconnects_is_silent() -> None:
             async with anyio.create_task_group() as group:
                 group.start_soon(stream)
                 group.start_soon(stream)
-                started.set()
 
     async def endpoint() -> Response:
         return InTasks()
 
-    await run_until_left(connection, serve(endpoint, CancelPolicy(grace=4)), started)
+    await clean(serve(endpoint, CancelPolicy(grace=4)), after_chunks(4))
 
 
 # -- background tasks ----------------------------------------------------------------------------
@@ -181,7 +178,6 @@ async def test_a_group_of_disconnects_is_silent() -> None:
 @pytest.mark.parametrize("policy", [CancelPolicy(), CancelPolicy(background=False)])
 async def test_background_tasks_after_a_disconnect(policy: CancelPolicy) -> None:
     """C12: a rule, not an accident."""
-    connection, started = Connection(), anyio.Event()
     seen: list[Any] = []
 
     async def background() -> None:
@@ -190,14 +186,13 @@ async def test_background_tasks_after_a_disconnect(policy: CancelPolicy) -> None
 
     async def content() -> AsyncIterator[str]:
         yield "first"
-        started.set()
         await anyio.sleep_forever()
 
     async def endpoint(tasks: BackgroundTasks) -> Response:
         tasks.add_task(background)
         return StreamingResponse(content())
 
-    await run_until_left(connection, serve(endpoint, policy), started)
+    await clean(serve(endpoint, policy), after_chunks(1))
     assert seen == (["background"] if policy.background else [])
 
 
@@ -207,14 +202,11 @@ async def test_background_tasks_after_a_disconnect(policy: CancelPolicy) -> None
 class Streams:
     """An endpoint object whose `__call__` yields."""
 
-    def __init__(self) -> None:
-        self.closed = 0
-        self.started = anyio.Event()
+    closed = 0
 
     async def __call__(self) -> AsyncIterator[str]:
         try:
             yield "first"
-            self.started.set()
             await anyio.sleep_forever()
         finally:
             self.closed += 1
@@ -224,18 +216,13 @@ class Streams:
 @pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
 async def test_any_callable_that_yields(wrap: Any, arguments: dict[str, Any]) -> None:
     streams = Streams()
-    app = serve(wrap(streams), name="streams", **arguments)
-    await run_until_left(Connection(), app, streams.started)
+    await clean(serve(wrap(streams), name="streams", **arguments), after_chunks(1))
     assert streams.closed == 1
 
 
 @pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
 async def test_a_generator_is_closed_before_its_dependencies(arguments: dict[str, Any]) -> None:
-    started, seen = anyio.Event(), list[Any]()
-
-    async def session() -> AsyncIterator[str]:
-        yield "session"
-        seen.append("session closed")
+    seen: list[Any] = []
 
     async def open_session() -> AsyncIterator[str]:
         try:
@@ -246,36 +233,33 @@ async def test_a_generator_is_closed_before_its_dependencies(arguments: dict[str
     async def endpoint(session: str = Depends(open_session)) -> AsyncIterator[str]:
         try:
             yield "first"
-            started.set()
             await anyio.sleep_forever()
         finally:
             seen.append("generator closed")
 
-    await run_until_left(Connection(), serve(endpoint, **arguments), started)
+    await clean(serve(endpoint, **arguments), after_chunks(1))
     assert seen == ["generator closed", "session closed"]
-    del session
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)  # Trio lets no nursery span a `yield`
 async def test_an_sse_generator_that_waits_at_its_yield_is_closed_in_its_own_task() -> None:
     """C11, C21: a task group across the `yield` proves it. The consumer is stuck in `send`."""
-    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+    full, seen = anyio.Event(), list[Any]()
 
     async def endpoint() -> AsyncIterator[str]:
         async with anyio.create_task_group():
             try:
                 for number in range(10):
-                    if number == 2:
-                        connection.unblocked = anyio.Event()
                     if number == 4:
-                        started.set()
+                        full.set()
                     yield str(number)
             finally:
                 seen.append("closed")
 
-    app = serve(endpoint, response_class=EventSourceResponse)
-    await run_until_left(connection, app, started)
-    assert seen == ["closed"]
+    client = LeavingClient(serve(endpoint, response_class=EventSourceResponse))
+    visit = await client.get("/", stall=after_chunks(2), leave=when(full))
+    visit.assert_clean()
+    assert (len(visit.chunks), seen) == (2, ["closed"])
 
 
 @pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
@@ -284,10 +268,9 @@ async def test_a_generator_that_finishes(arguments: dict[str, Any]) -> None:
         for number in range(100):
             yield number
 
-    connection = Connection()
-    await connection.run(serve(endpoint, **arguments))
-    assert connection.body.count(b"\n") == (200 if arguments else 100)
-    assert b"99" in connection.body
+    body = (await clean(serve(endpoint, **arguments))).body
+    assert body.count(b"\n") == (200 if arguments else 100)
+    assert b"99" in body
 
 
 async def test_an_error_of_an_sse_generator_reaches_the_server() -> None:
@@ -295,8 +278,7 @@ async def test_an_error_of_an_sse_generator_reaches_the_server() -> None:
         yield 1
         raise KeyError("the generator's")
 
-    with pytest.raises((KeyError, ExceptionGroup)):
-        await Connection().run(serve(endpoint, response_class=EventSourceResponse))
+    assert 'KeyError("the generator\'s")' in await failed(serve(endpoint, response_class=EventSourceResponse))
 
 
 async def test_an_sse_generator_whose_items_cannot_be_serialised_is_closed() -> None:
@@ -313,9 +295,8 @@ async def test_an_sse_generator_whose_items_cannot_be_serialised_is_closed() -> 
                 await anyio.sleep(0.001)
                 seen.append("closed")
 
-    with anyio.fail_after(5):
-        with pytest.raises(Exception):  # noqa: B017, PT011
-            await Connection().run(serve(endpoint, response_class=EventSourceResponse))
+    visit = await LeavingClient(serve(endpoint, response_class=EventSourceResponse)).get("/")
+    assert visit.error is not None
     assert seen == ["closed"]
 
 
@@ -324,9 +305,7 @@ async def test_an_sse_endpoint_that_opted_out_is_fastapis_own() -> None:
     async def endpoint() -> AsyncIterator[int]:
         yield 1
 
-    connection = Connection()
-    await connection.run(serve(endpoint, response_class=EventSourceResponse))
-    assert connection.body == b"data: 1\n\n"
+    assert (await clean(serve(endpoint, response_class=EventSourceResponse))).body == b"data: 1\n\n"
 
 
 async def test_the_grace_of_an_sse_generator() -> None:
@@ -340,7 +319,7 @@ async def test_the_grace_of_an_sse_generator() -> None:
         seen.append("finished its step")
         yield 2
 
-    await run_until_left(Connection(), serve(endpoint, response_class=EventSourceResponse), started)
+    await clean(serve(endpoint, response_class=EventSourceResponse), when(started))
     assert seen == ["finished its step"]
 
 
@@ -353,9 +332,7 @@ async def test_a_synchronous_generator_endpoint() -> None:
         finally:
             seen.append("closed")
 
-    connection = Connection()
-    await connection.run(serve(endpoint))
-    assert connection.body == b"1\n"
+    assert (await clean(serve(endpoint))).body == b"1\n"
     assert seen == ["closed"]
 
 
@@ -363,13 +340,12 @@ async def test_a_synchronous_generator_endpoint() -> None:
 
 
 async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
-    """C1: `Connection` fails on a second reader; the policy of the response holds."""
-    connection, started, seen = Connection(once=True), anyio.Event(), list[Any]()
+    """C1: the guard fails on a second reader; the policy of the response holds."""
+    guard, seen = anyio.ResourceGuard("reading from"), list[Any]()
 
     async def content() -> AsyncIterator[str]:
         try:
             yield "first"
-            started.set()
             await anyio.sleep_forever()
         finally:
             with anyio.CancelScope(shield=True):
@@ -387,7 +363,16 @@ async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
         seen.append(channels[0].ladder.policy.cleanup_timeout)
         return CancellableStreamingResponse(content(), policy=CancelPolicy(cleanup_timeout=7), cleanup=hook)
 
-    await run_until_left(connection, serve(endpoint), started)
+    app = serve(endpoint)
+
+    async def guarded(scope: Any, receive: Any, send: Any) -> None:
+        async def read() -> Any:
+            with guard:
+                return await receive()
+
+        await app(scope, read, send)
+
+    await clean(guarded, after_chunks(1), "hypercorn")
     assert seen == [30.0, 7, "cleaned"]
 
 
@@ -409,8 +394,7 @@ async def test_a_response_that_is_never_called_cleans_up() -> None:
         return CancellableStreamingResponse(content(), cleanup=hook)
 
     app = serve(endpoint, dependencies=[Depends(failing, scope="function")])
-    with pytest.raises(KeyError, match="on the way out"):
-        await Connection().run(app)
+    assert await failed(app) == "KeyError('on the way out')"
     assert seen == ["cleaned"]
 
 
@@ -423,9 +407,7 @@ async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
     async def endpoint() -> Response:
         return CancellableStreamingResponse(content(), policy=CancelPolicy())
 
-    connection = Connection()
-    await connection.run(serve(endpoint, CancelPolicy(timeout=0.02)))
-    assert connection.body == b"firstsecond"
+    assert (await clean(serve(endpoint, CancelPolicy(timeout=0.02)))).body == b"firstsecond"
 
 
 # -- what a review found -------------------------------------------------------------------------
@@ -434,27 +416,22 @@ async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
 @pytest.mark.parametrize("leave", [True, False])
 async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(leave: bool) -> None:
     """C13: FastAPI closes its stream under its own writing task."""
-    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+    seen: list[Any] = []
 
     async def endpoint() -> AsyncIterator[int]:
         try:
             for number in range(100_000):
-                if number == 20:
-                    started.set()
                 yield number
         finally:
             seen.append("closed")
 
     app = serve(endpoint, CancelPolicy(send_timeout=None if leave else 0.05), response_class=EventSourceResponse)
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as group:
-            group.start_soon(connection.run, app)
-            await started.wait()
-            connection.unblocked = anyio.Event()
-            await anyio.sleep(0.02)
-            if leave:
-                connection.left.set()
-    assert seen == ["closed"]
+    async with LeavingClient(app).visit("GET", "/", stall=after_chunks(20)) as visit:
+        await visit.until(during_send(21))
+        await anyio.wait_all_tasks_blocked()
+        if leave:
+            visit.leave()
+    assert (visit.cause, visit.error, seen) == ("disconnect" if leave else "stalled", None, ["closed"])
 
 
 @pytest.mark.parametrize("policy", [CancelPolicy(), CancelPolicy(grace=0.02), CancelPolicy(causes=["disconnect"])])
@@ -477,32 +454,30 @@ async def test_an_sse_generator_is_interrupted_once_when_its_consumer_fails(poli
                 await anyio.sleep(0.01)
             seen.append("closed")
 
-    with anyio.fail_after(5), pytest.raises(Exception):  # noqa: B017, PT011
-        await Connection().run(serve(endpoint, policy, response_class=EventSourceResponse))
+    await failed(serve(endpoint, policy, response_class=EventSourceResponse))
     assert seen in (["GeneratorExit", "closed"], ["CancelledError", "closed"])
 
 
-async def test_an_error_in_the_cleanup_of_an_sse_generator_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_in_the_cleanup_of_an_sse_generator_is_logged() -> None:
     """C13: nobody pulls any more who could raise it."""
-    started = anyio.Event()
 
     async def endpoint() -> AsyncIterator[int]:
         try:
             yield 1
-            started.set()
             await anyio.sleep_forever()
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.sleep(0.01)
             raise ValueError("in the generator's cleanup")
 
-    await run_until_left(Connection(), serve(endpoint, response_class=EventSourceResponse), started)
-    assert "in the generator's cleanup" in caplog.text
+    client = LeavingClient(serve(endpoint, response_class=EventSourceResponse))
+    (fault,) = (await client.get("/", leave=after_chunks(1))).faults
+    assert "in the generator's cleanup" in fault.text
 
 
 async def test_a_background_task_of_a_request_within_the_request_runs_once() -> None:
     """C12."""
-    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+    sent, seen = list[Any](), list[Any]()
     app = FastAPI()
     app.router.route_class = CancellableRoute
 
@@ -516,23 +491,21 @@ async def test_a_background_task_of_a_request_within_the_request_runs_once() -> 
 
     @app.get("/")
     async def outer(request: Request) -> None:
-        scope = {**request.scope, "path": "/inner"}
-        sub = Connection()
-        await app({**scope, "raw_path": b"/inner"}, sub.receive, sub.send)
-        assert sub.body == b'"inner"'
-        started.set()
+        async def send(message: Any) -> None:
+            sent.append(message.get("body"))
+
+        await app({**request.scope, "path": "/inner", "raw_path": b"/inner"}, request.receive, send)
         await anyio.sleep_forever()
 
-    await run_until_left(connection, app, started)
-    assert seen == ["background"]
+    await clean(app, when(lambda: sent))
+    assert (sent, seen) == ([None, b'"inner"'], ["background"])
 
 
 async def test_the_answer_to_a_timeout_does_not_wait_for_background_tasks() -> None:
-    connection = Connection()
     seen: list[Any] = []
 
     async def background() -> None:
-        seen.append(connection.status)
+        seen.append(visit.status)
 
     class Slow(Response):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -542,18 +515,16 @@ async def test_the_answer_to_a_timeout_does_not_wait_for_background_tasks() -> N
         tasks.add_task(background)
         return Slow()
 
-    await connection.run(serve(endpoint, CancelPolicy(timeout=0.02)))
-    assert connection.status == 504
-    assert seen == [504]
+    async with LeavingClient(serve(endpoint, CancelPolicy(timeout=0.02))).visit("GET", "/") as visit:
+        pass
+    assert (visit.status, visit.faults, seen) == (504, [], [504])
 
 
 async def test_a_response_of_an_endpoint_that_opted_out_is_not_cancelled() -> None:
-    connection, started, seen = Connection(), anyio.Event(), list[Any]()
+    seen: list[Any] = []
 
     async def content() -> AsyncIterator[str]:
         yield "first"
-        started.set()
-        await connection.left.wait()
         await anyio.sleep(0.02)
         seen.append("went on")
 
@@ -564,14 +535,8 @@ async def test_a_response_of_an_endpoint_that_opted_out_is_not_cancelled() -> No
     async def endpoint() -> Response:
         return CancellableStreamingResponse(content(), cleanup=hook)
 
-    app = serve(endpoint)
-
-    async def as_2_4(scope: Any, receive: Any, send: Any) -> None:
-        # Starlette itself would stop for an older server.
-        scope["asgi"] = {"version": "3.0", "spec_version": "2.4"}
-        await app(scope, receive, send)
-
-    await run_until_left(connection, as_2_4, started)
+    # Starlette itself would stop for an older server.
+    await clean(serve(endpoint), after_chunks(1), Habits(spec_version="2.4"))
     assert seen == ["went on", "cleaned"]
 
 

@@ -21,6 +21,7 @@ from .conftest import DEADLINE
 from .shutdown_app import app
 
 APP = "tests.shutdown_app:app"
+RSGI_APP = "tests.shutdown_app:rsgi_application"
 SERVERS = {
     # what the process exits with, by itself: uvicorn re-raises the signal when it has ended
     ("uvicorn", 1): -signal.SIGTERM,
@@ -33,10 +34,14 @@ SERVERS = {
     ("hypercorn-trio", 1): 0,
     ("granian", 1): 0,
     ("granian", 2): 0,
+    ("granian-rsgi", 1): 0,
+    ("granian-rsgi", 2): 0,
 }
 LIMITED = {"uvicorn": "--limit-max-requests=6", "gunicorn": "--max-requests=6", "hypercorn": "--max-requests=5"}
 OPTIONS = {
     ("granian", 2): ["--backpressure", "2000"],  # by itself it takes 512 connections a worker
+    ("granian-rsgi", 2): ["--backpressure", "2000"],
+    ("hypercorn-trio", 1): ["--graceful-timeout", "10"],  # by itself 3 s, which 1,000 streams on a busy machine exceed
 }
 
 
@@ -49,8 +54,16 @@ class Streams(LiveServer):
         self.marks = directory / "marks"
         self.marks.touch()
         self.clients: list[RawClient] = []
-        env["MARKS"] = str(self.marks)
-        super().__init__(APP, server, workers=workers, options=options, env=env, probe=False)
+        marks = {**env, "MARKS": str(self.marks)}
+        # No recorder: a thousand streams are about time.
+        super().__init__(
+            RSGI_APP if server == "granian-rsgi" else APP,
+            server,
+            workers=workers,
+            options=options,
+            env=marks,
+            probe=False,
+        )
 
     def __exit__(self, *exc: Any) -> None:
         for client in self.clients:

@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .chaos import Chaos, chaos
     from .client import LeavingClient
     from .events import Event, EventReader
+    from .every_wait import Chaos, chaos
     from .faults import Fault
     from .habits import Habits
     from .http2 import Http2Client
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _WHERE = {
-    "Chaos": "chaos",
+    "Chaos": "every_wait",
     "Event": "events",
     "EventReader": "events",
     "Fault": "faults",
@@ -77,7 +77,7 @@ _WHERE = {
     "after_start": "moments",
     "at_wait": "moments",
     "before_body": "moments",
-    "chaos": "chaos",
+    "chaos": "every_wait",
     "during_send": "moments",
     "nothing_left": "leftovers",
     "when": "moments",

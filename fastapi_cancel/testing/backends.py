@@ -8,20 +8,37 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
-from inspect import iscoroutine
+from functools import partial
+from inspect import CORO_CREATED, getcoroutinestate, iscoroutine
 from typing import Any
 
 import anyio
 
-from .records import CURRENT, Record, Started, is_interruption, stepped
+from .records import CURRENT, Record, Started
 from .sites import stack_here
+from .stepping import Dropped, is_interruption, stepped
+
+LASTING = {("sse_starlette.sse", "_shutdown_watcher")}
+"""What a package starts once, whichever request is the first, for the whole life of the event loop."""
 
 GIVE_UP = 5.0
-"""Seconds for which cancelled work is awaited."""
+"""Seconds for which cancelled work is awaited, before it is ended by force."""
+
+POLL = 0.005
+"""Seconds between two looks at work that does not end."""
 
 
 class Backend(ABC):
-    """What differs between asyncio and Trio. Made inside a running event loop."""
+    """What differs between asyncio and Trio. Made inside a running event loop.
+
+    :ivar counts: whether requests to cancel a task are counted
+    """
+
+    counts: bool
+
+    @abstractmethod
+    def is_running(self) -> bool:
+        """Whether the running event loop is still the one in which this was made."""
 
     @abstractmethod
     def install(self) -> None:
@@ -36,60 +53,99 @@ class Backend(ABC):
         """How often the running task has been asked to cancel, where that is counted."""
 
     @abstractmethod
-    def interruption(self, value: Any, requests: int) -> BaseException | None:
-        """The cancellation of the running task that its wait has ended with, if it did.
-
-        :param requests: how many there had been before
-        """
+    def interruption(self, value: Any) -> BaseException | None:
+        """The cancellation that a wait has ended with, if it did."""
 
     @abstractmethod
     def alive(self, task: Any) -> bool:
         """Whether a task has not ended."""
 
     @abstractmethod
-    def cancel(self, task: Any) -> None:
-        """Cancel a task that is left over, where one can."""
+    def cancel(self, task: Any) -> bool:
+        """Cancel a task that is left over. Whether one can."""
 
     @abstractmethod
-    def running(self, work: Coroutine[Any, Any, None]) -> AbstractAsyncContextManager[Running]:
-        """Run ``work`` beside the block, as a server runs an application: in a task of its own."""
+    def wake(self, task: Any) -> None:
+        """Have a task take its next step, whatever it waits for."""
+
+    @abstractmethod
+    def running(
+        self, work: Coroutine[Any, Any, None], record: Record | None = None, patience: float = GIVE_UP
+    ) -> AbstractAsyncContextManager[Running]:
+        """Run ``work`` beside the block, as a server runs an application: in a task of its own.
+
+        Work that still runs at the end of the block is cancelled, and has ended thereafter.
+
+        :param record: of the work: what does not end when it is cancelled is ended by force
+        :param patience: seconds before that
+        """
 
     @abstractmethod
     def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``function`` by itself, for nobody's request."""
 
+    async def _end(self, running: Running, record: Record | None, patience: float) -> None:
+        if not running.ended.is_set():
+            running.cancel()
+            with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(patience):
+                    await running.ended.wait()
+                while record is not None and not running.ended.is_set():
+                    running.forced = record.dropped = True
+                    for task in (running.task, *record.tasks()):
+                        self.wake(task)
+                    await anyio.sleep(POLL)
+        if running.error is not None and _is_for_the_test(running.error):
+            raise running.error
+
 
 class Running:
     """Work that runs.
 
+    :ivar cancel: does so
+    :ivar task: that runs it; on Trio, once it has begun
     :ivar ended: is set when it has
     :ivar error: what it raised
+    :ivar forced: whether it had to be ended by force
     """
 
-    def __init__(self, cancel: Callable[[], object]) -> None:
-        self.cancel = cancel
+    cancel: Callable[[], object]
+
+    def __init__(self) -> None:
+        self.task: Any = None
         self.ended = anyio.Event()
         self.error: BaseException | None = None
+        self.forced = False
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except BaseException as exc:
             self.error = exc
-            if not isinstance(exc, (Exception, BaseExceptionGroup, asyncio.CancelledError)):
-                raise
         finally:
             self.ended.set()
 
 
+def _is_for_the_test(exc: BaseException) -> bool:
+    """Whether ``exc`` is neither an application's error nor its cancellation: KeyboardInterrupt, pytest's own ones."""
+    if isinstance(exc, BaseExceptionGroup):
+        return any(map(_is_for_the_test, exc.exceptions))
+    return not isinstance(exc, (Exception, Dropped)) and not is_interruption(exc)
+
+
 class AsyncioBackend(Backend):
     """asyncio: tasks come from a factory."""
+
+    counts = True
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._before = self._loop.get_task_factory()
         self._ours = self._make
         self._aside: set[asyncio.Task[None]] = set()
+
+    def is_running(self) -> bool:
+        return asyncio._get_running_loop() is self._loop
 
     def install(self) -> None:
         self._loop.set_task_factory(self._ours)
@@ -101,10 +157,11 @@ class AsyncioBackend(Backend):
     def _make(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Future[Any]:
         context: Context | None = options.get("context")
         record = CURRENT.get() if context is None else context.get(CURRENT)
-        if record is None or not iscoroutine(work):
+        if record is None or not iscoroutine(work) or _lasts(work):
             return self._task(loop, work, options)
         started = Started(work.__qualname__, work, stack_here())
         task = self._task(loop, wrapped(work, record), options)
+        task.add_done_callback(partial(_close_unstarted, work))
         record.started(task, started)
         return task
 
@@ -118,13 +175,17 @@ class AsyncioBackend(Backend):
         assert task is not None
         return task.cancelling()
 
-    def interruption(self, value: Any, requests: int) -> BaseException | None:
-        return value if isinstance(value, asyncio.CancelledError) and self.requests() > requests else None
+    def interruption(self, value: Any) -> BaseException | None:
+        return value if isinstance(value, asyncio.CancelledError) else None
 
     def alive(self, task: Any) -> bool:
         return not task.done()
 
-    def cancel(self, task: Any) -> None:
+    def cancel(self, task: Any) -> bool:
+        task.cancel()
+        return True
+
+    def wake(self, task: Any) -> None:
         task.cancel()
 
     def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -133,20 +194,33 @@ class AsyncioBackend(Backend):
         task.add_done_callback(self._aside.discard)
 
     @asynccontextmanager
-    async def running(self, work: Coroutine[Any, Any, None]) -> AsyncIterator[Running]:
-        running = Running(lambda: task.cancel())
-        task = self._loop.create_task(running.run(work))  # no AnyIO scope is around it, as on a server
+    async def running(
+        self, work: Coroutine[Any, Any, None], record: Record | None = None, patience: float = GIVE_UP
+    ) -> AsyncIterator[Running]:
+        running = Running()
+        task = running.task = self._loop.create_task(running.run(work))  # no AnyIO scope is around it, as on a server
+        running.cancel = task.cancel
+        task.add_done_callback(
+            lambda _: running.ended.set()
+        )  # cancelled before its first step, it does not do so itself
+        task.add_done_callback(partial(_close_unstarted, work))
         try:
             yield running
         finally:
-            if not task.done():
-                task.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait([task], timeout=GIVE_UP)
+            await self._end(running, record, patience)
 
 
 class TrioBackend(Backend):
     """Trio: an instrument hears of each task before its first step."""
+
+    counts = False
+
+    def __init__(self) -> None:
+        self._token = sys.modules["trio"].lowlevel.current_trio_token()
+
+    def is_running(self) -> bool:
+        trio = sys.modules["trio"]
+        return bool(trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self._token)
 
     def install(self) -> None:
         sys.modules["trio"].lowlevel.add_instrument(self)
@@ -164,26 +238,64 @@ class TrioBackend(Backend):
     def requests(self) -> int:
         return 0
 
-    def interruption(self, value: Any, requests: int) -> BaseException | None:
+    def interruption(self, value: Any) -> BaseException | None:
         error = getattr(value, "error", None)  # Trio sends outcomes
         return error if isinstance(error, BaseException) and is_interruption(error) else None
 
     def alive(self, task: Any) -> bool:
         return task.coro.cr_frame is not None
 
-    def cancel(self, task: Any) -> None:
-        """A Trio task belongs to its nursery: nobody else can."""
+    def cancel(self, task: Any) -> bool:
+        return False  # it belongs to its nursery
+
+    def wake(self, task: Any) -> None:
+        """A shield would keep a cancellation off: do what Trio does with one, down to its own names."""
+        trio = sys.modules["trio"]
+        if (abort := task._abort_func) is not None and abort(_drop) is trio.lowlevel.Abort.SUCCEEDED:
+            trio.lowlevel.reschedule(task, sys.modules["outcome"].Error(Dropped()))
 
     def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         sys.modules["trio"].lowlevel.spawn_system_task(function, context=Context())
 
+    async def _run(self, running: Running, scope: anyio.CancelScope, work: Coroutine[Any, Any, None]) -> None:
+        running.task = sys.modules["trio"].lowlevel.current_task()
+        with scope:
+            await running.run(work)
+
     @asynccontextmanager
-    async def running(self, work: Coroutine[Any, Any, None]) -> AsyncIterator[Running]:
+    async def running(
+        self, work: Coroutine[Any, Any, None], record: Record | None = None, patience: float = GIVE_UP
+    ) -> AsyncIterator[Running]:
+        running = Running()
+        error: BaseException | None = None
         async with anyio.create_task_group() as group:
-            running = Running(group.cancel_scope.cancel)
-            group.start_soon(running.run, work)
-            yield running
-            group.cancel_scope.cancel()
+            scope = anyio.CancelScope(shield=True)  # what cancels the test does not reach into a server
+            running.cancel = scope.cancel
+            group.start_soon(self._run, running, scope, work)
+            try:
+                yield running
+            except BaseException as exc:  # so that the group does not wrap it
+                error = exc
+            group.cancel_scope.shield = True
+            try:
+                await self._end(running, record, patience)
+            except BaseException as exc:
+                error = exc
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
+
+
+def _close_unstarted(work: Coroutine[Any, Any, Any], task: object) -> None:
+    """A task that is cancelled before its first step has awaited its coroutine, to asyncio. Not our wrapper."""
+    if getcoroutinestate(work) == CORO_CREATED:
+        work.close()
+
+
+def _drop() -> None:
+    raise Dropped
 
 
 def current_backend() -> Backend:
@@ -194,11 +306,18 @@ def current_backend() -> Backend:
         return TrioBackend()
 
 
+def _lasts(work: Any) -> bool:
+    return (work.cr_frame.f_globals.get("__name__"), work.__qualname__) in LASTING
+
+
 def wrapped(work: Any, record: Record) -> Coroutine[Any, Any, Any]:
     """``work``, stepped for ``record``, under its own name."""
 
     async def run() -> Any:
-        return await stepped(work, record)
+        try:
+            return await stepped(work, record)
+        except Dropped:
+            raise asyncio.CancelledError from None  # which nobody has to hear of
 
     coroutine: Any = run()
     coroutine.__name__, coroutine.__qualname__ = work.__name__, work.__qualname__

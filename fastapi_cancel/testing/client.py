@@ -7,10 +7,11 @@ modelcontextprotocol/python-sdk#857.
 from __future__ import annotations
 
 import json as jsons
+import logging
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
-from urllib.parse import unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode
 
 from starlette.types import ASGIApp
 
@@ -18,7 +19,8 @@ from .habits import Habits, habits_of
 from .lifespan import lifespan
 from .moments import Moment
 from .pools import checked
-from .visit import NeverCame, Patience, Visit, visiting
+from .visit import NeverCame, Patience, Visit
+from .visiting import visiting
 
 Headers = Mapping[str, str]
 Content = bytes | str | Iterable[bytes] | AsyncIterable[bytes]
@@ -41,6 +43,7 @@ class LeavingClient:
     :param pools: what is borrowed from these must be back after a visit: pools of redis-py, SQLAlchemy, asyncpg or
         psycopg, or functions that return how many are in use
     :param headers: of every request
+    :param log_level: from this on, a line in the log is a fault
     :raises ValueError: there is no such server
     :raises TypeError: a pool is nothing that can be counted
     """
@@ -53,6 +56,7 @@ class LeavingClient:
         patience: Patience | None = None,
         pools: Sequence[Any] = (),
         headers: Headers | None = None,
+        log_level: int = logging.WARNING,
     ) -> None:
         if not callable(app):
             raise TypeError(f"app: an ASGI application, not {app!r}")
@@ -61,6 +65,7 @@ class LeavingClient:
         self.patience = patience or Patience()
         self.pools = checked(pools)
         self.headers = dict(headers or {})
+        self.log_level = log_level
         self._state: dict[str, Any] | None = None
         self._stack = AsyncExitStack()
 
@@ -102,16 +107,24 @@ class LeavingClient:
         :param leave: when the client leaves
         :param stall: when it stops reading
         :param resume: when, after that, it reads on
+        :raises ValueError: the path is relative, or both ``content`` and ``json`` are given
+        :raises TypeError: ``content`` is nothing that can be sent
         """
+        if not path.startswith("/"):
+            raise ValueError(f"path: begins with a slash, unlike {path!r}")
         if json is not None and content is not None:
             raise ValueError("content, json: one of them")
-        sent = {"host": "testserver", **self.headers, **(headers or {})}
+        sent = {"host": "testserver"}
+        for name, value in [*self.headers.items(), *(headers or {}).items()]:
+            sent[name.lower()] = value
         if json is not None:
             content = jsons.dumps(json)
             sent.setdefault("content-type", "application/json")
         upload = content if isinstance(content, AsyncIterable) else None
         body = [] if isinstance(content, AsyncIterable) else _pieces(content)
-        if body:
+        if upload is not None:
+            sent.setdefault("transfer-encoding", "chunked")
+        elif content is not None:
             sent.setdefault("content-length", str(sum(map(len, body))))
         visit = Visit(self._scope(method, path, params, sent), body, self.habits)
         visit.upload_complete = upload is None
@@ -124,6 +137,7 @@ class LeavingClient:
             resume=resume,
             patience=self.patience,
             watched=self.pools,
+            log_level=self.log_level,
         ):
             yield visit
 
@@ -136,7 +150,7 @@ class LeavingClient:
         async with self.visit(method, path, **options) as visit:
             pass
         if (leave := options.get("leave")) is not None and visit.left is None:
-            raise NeverCame(f"{visit!r} was over before {leave!r}")
+            raise NeverCame("\n".join([f"{visit!r} was over before {leave!r}", *map(str, visit.faults)]))
         return visit
 
     async def get(self, path: str, **options: Any) -> Visit:
@@ -148,8 +162,8 @@ class LeavingClient:
         return await self.request("POST", path, **options)
 
     def _scope(self, method: str, path: str, params: Any, headers: Headers) -> dict[str, Any]:
-        url = urlsplit(path)
-        query = "&".join(filter(None, [url.query, urlencode(params or {}, doseq=True)]))
+        path, _, query = path.partition("?")
+        query = "&".join(filter(None, [query, urlencode(params or {}, doseq=True)]))
         asgi = {"version": "3.0"}
         if self.habits.spec_version is not None:
             asgi["spec_version"] = self.habits.spec_version
@@ -159,11 +173,11 @@ class LeavingClient:
             "http_version": "1.1",
             "method": method.upper(),
             "scheme": "http",
-            "path": unquote(url.path),
-            "raw_path": url.path.encode("ascii"),
-            "query_string": query.encode("ascii"),
+            "path": unquote(path),
+            "raw_path": quote(path, safe="/%!$&'()*+,;=:@~").encode(),
+            "query_string": quote(query, safe="/?%!$&'()*+,;=:@~").encode(),
             "root_path": "",
-            "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
+            "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
             "client": ("127.0.0.1", 50000),
             "server": ("testserver", 80),
         }
@@ -177,4 +191,7 @@ def _pieces(content: Any) -> list[bytes]:
         return []
     if isinstance(content, str):
         return [content.encode()]
-    return [content] if isinstance(content, bytes) else list(content)
+    pieces = [content] if isinstance(content, bytes) else list(content)
+    if wrong := [piece for piece in pieces if not isinstance(piece, bytes)]:
+        raise TypeError(f"content: bytes, text, or an iterable of bytes, not of {wrong[0]!r}")
+    return pieces

@@ -13,7 +13,11 @@ from starlette.types import Message
 
 from .events import Event, EventReader
 from .habits import Habits
+from .moments import Moment
 from .sites import Stack, stack_here
+
+TURN = 100
+"""Messages after which ``send`` lets the event loop turn: a real one's buffer is full some day."""
 
 
 class Connection:
@@ -23,15 +27,15 @@ class Connection:
     :ivar status: of the response, once it has started
     :ivar headers: likewise
     :ivar chunks: of the response's body, as the client received them
-    :ivar uploaded: bytes of the request's body that the application has read
+    :ivar uploaded: bytes of the request's body that the application has read, or a server that reads it first
     :ivar invited: whether it has read at all: on uvicorn that sends ``100 Continue``
     :ivar sending: the number of the chunk that waits for a client which does not read
     :ivar completed: whether the response is complete
     :ivar left: when the client has left, by the event loop's clock
     :ivar heard: whether anybody has read http.disconnect, or was raised an :class:`OSError`, since
     :ivar stolen: the stacks of two that read the body at once
-    :ivar cuts_at: bytes of the request's body, of which a piece that goes beyond is cut in two
-    :ivar stalls_at: a chunk that the client does not read
+    :ivar peeked: the stack of a ``Request.is_disconnected`` that has taken a piece of it
+    :ivar body_complete: whether the application has read the whole of the request's body
     :ivar upload_complete: whether the client has sent the whole of its body
     """
 
@@ -47,13 +51,15 @@ class Connection:
         self.left: float | None = None
         self.heard = False
         self.stolen: tuple[Stack, Stack] | None = None
-        self.cuts_at: int | None = None
-        self.stalls_at: int | None = None
+        self.peeked: Stack | None = None
         self.upload_complete = True
         self._pieces = deque(body)
-        self._body_complete = self._started = self._stalled = self._told = False
+        self._cuts: set[int] = set()
+        self._stalls_at: set[int] = set()
+        self._sends = 0
+        self._whole: Message | None = None
+        self.body_complete = self._started = self._stalled = self._told = False
         self._readers: dict[int, Stack] = {}
-        self._takers: set[int] = set()
         self._changed: Any = None
         self._events = EventReader()
 
@@ -68,6 +74,13 @@ class Connection:
     def events(self) -> list[Event]:
         """The server-sent events in it that are complete."""
         return self._events.events
+
+    def prepare(self, moment: Moment) -> None:
+        """Let it be seen when it comes."""
+        if moment.cuts_at is not None:
+            self._cuts.add(moment.cuts_at)
+        if moment.stalls_at is not None:
+            self._stalls_at.add(moment.stalls_at)
 
     def leave(self) -> None:
         """The client goes away."""
@@ -92,6 +105,7 @@ class Connection:
     def resume(self) -> None:
         """The client reads on."""
         self._stalled = False
+        self._stalls_at -= {self.sending}
         self._tell()
 
     # -- the application's end ---------------------------------------------------------------
@@ -109,34 +123,64 @@ class Connection:
     def _check_readers(self, reader: int) -> None:
         """Two at once: one of them gets a piece of the body that the other wanted."""
         for other, stack in self._readers.items():
-            if other != reader and (not self._body_complete or other in self._takers) and self.stolen is None:
+            if other != reader and not self.body_complete and self.stolen is None:
                 self.stolen = (stack, stack_here())
 
+    def _check_peek(self, stack: Stack) -> None:
+        """Starlette drops whatever message it meets."""
+        if any(site.package == "starlette" and site.function == "Request.is_disconnected" for site in stack):
+            self.peeked = stack
+
     async def _next_message(self, reader: int) -> Message:
-        if self.uploaded and not self._body_complete:
+        if self._whole is not None:
+            message, self._whole = self._whole, None
+            return message
+        if self.uploaded and not self.body_complete:
             await checkpoint()  # a first piece comes with the headers, a later one does not
         while True:
             if self.left is not None and (not self._told or self.habits.again):
                 self._told = self.heard = True
                 return {"type": "http.disconnect"}
-            if self.left is None and not self._body_complete and (self._pieces or self.upload_complete):
-                message = self._piece()
-                if message["body"]:
-                    self._takers.add(reader)
-                self.look()
-                return message
-            if self.left is None and self.completed and self.habits.after_completion == "http.disconnect":
-                return {"type": "http.disconnect"}
+            if self.left is None:
+                if not self.body_complete and (self._pieces or self.upload_complete):
+                    message = self._piece()
+                    if message["body"]:
+                        self._check_peek(self._readers[reader])
+                    return message
+                if self.completed and self.habits.after_completion == "http.disconnect":
+                    return {"type": "http.disconnect"}
             await self._change()
 
     def _piece(self) -> Message:
         piece = self._pieces.popleft() if self._pieces else b""
-        cut = len(piece) if self.cuts_at is None else self.cuts_at - self.uploaded
-        self.uploaded += len(piece[:cut])
-        self._body_complete = self.upload_complete and not self._pieces and len(piece) <= cut
-        return {"type": "http.request", "body": piece[:cut], "more_body": not self._body_complete}
+        if inside := [cut - self.uploaded for cut in self._cuts if 0 < cut - self.uploaded < len(piece)]:
+            self._pieces.appendleft(piece[min(inside) :])
+            piece = piece[: min(inside)]
+        self.uploaded += len(piece)
+        self.body_complete = self.upload_complete and not self._pieces
+        self.look()
+        return {"type": "http.request", "body": piece, "more_body": not self.body_complete}
+
+    async def take_body(self) -> bool:
+        """Read the whole body, for a server that does so before it starts the application.
+
+        :return: whether the client has stayed for that long
+        """
+        pieces: list[bytes] = []
+        while not self.body_complete:
+            if self.left is not None:
+                return False
+            if self._pieces or self.upload_complete:
+                pieces.append(self._piece()["body"])
+            else:
+                await self._change()
+        self._whole = {"type": "http.request", "body": b"".join(pieces), "more_body": False}
+        return True
 
     async def send(self, message: Message) -> None:
+        self._sends += 1
+        if self._sends % TURN == 0:
+            await checkpoint()
         if message["type"] == "http.response.body" and message.get("body") and self.habits.back_pressure:
             await self._until_it_reads()
         if self.left is not None:
@@ -162,7 +206,7 @@ class Connection:
     async def _until_it_reads(self) -> None:
         number = len(self.chunks) + 1
         try:
-            while self.left is None and (self._stalled or self.stalls_at == number):
+            while self.left is None and (self._stalled or number in self._stalls_at):
                 self.sending = number
                 await self._change()
         finally:

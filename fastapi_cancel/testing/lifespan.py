@@ -9,51 +9,55 @@ from typing import Any
 import anyio
 from starlette.types import ASGIApp, Message
 
+from .backends import current_backend
+
+SHUTDOWN = 20.0
+"""Seconds that it may take, whatever else wants to end."""
+
 
 @asynccontextmanager
 async def lifespan(app: ASGIApp) -> AsyncIterator[dict[str, Any]]:
     """Start ``app`` up, and shut it down after the block. An application that knows no lifespan is left alone.
 
     :return: the state that it keeps for its requests
-    :raises RuntimeError: it could not start, or not shut down
+    :raises RuntimeError: it could not start, or not shut down, or has ended in between
     """
     life = _Life()
-    async with anyio.create_task_group() as group:
-        group.start_soon(life.run, app)
+    async with current_backend().running(life.run(app)) as running:
         await life.phase("startup")
         try:
             yield life.state
         finally:
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(SHUTDOWN, shield=True) as limit:
                 await life.phase("shutdown")
+            if limit.cancelled_caught:
+                raise RuntimeError(f"the application's shutdown was not over after {SHUTDOWN:g} s")
+    if isinstance(running.error, Exception) and "lifespan.startup.complete" in life.answers:
+        raise RuntimeError("the application's lifespan failed") from running.error
 
 
 class _Life:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
+        self.answers: dict[str, Message] = {}
         self._asked: list[str] = []
         self._news = anyio.Event()
-        self._answer: Message | None = None
-        self._started = self._over = False
+        self._over = False
 
     async def phase(self, name: str) -> None:
         """Ask for it, and wait until it is done."""
-        self._answer = None
         self._asked.append(f"lifespan.{name}")
         self._tell()
-        while self._answer is None and not self._over:
+        complete, failed = f"lifespan.{name}.complete", f"lifespan.{name}.failed"
+        while not self._over and not {complete, failed} & set(self.answers):
             await self._news.wait()
-        self._started = True
-        if self._answer is not None and self._answer["type"] == f"lifespan.{name}.failed":
-            raise RuntimeError(f"the application's {name} failed:\n{self._answer.get('message', '')}")
+        if failed in self.answers:
+            raise RuntimeError(f"the application's {name} failed:\n{self.answers[failed].get('message', '')}")
 
     async def run(self, app: ASGIApp) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}
         try:
             await app(scope, self._receive, self._send)
-        except Exception:
-            if self._started and self._answer is None:  # else it knows no lifespan, or has said what is wrong
-                raise
         finally:
             self._over = True
             self._tell()
@@ -64,7 +68,7 @@ class _Life:
         return {"type": self._asked.pop(0)}
 
     async def _send(self, message: Message) -> None:
-        self._answer = message
+        self.answers[message["type"]] = message
         self._tell()
 
     def _tell(self) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
-from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Protocol
 
-from anyio import sleep, to_thread
+from anyio import sleep
+from starlette._utils import is_async_callable
 
 from .events import Event
 
@@ -75,7 +75,10 @@ def after_event(match: str | Callable[[Event], bool]) -> Moment:
     """Once a server-sent event has come that matches.
 
     :param match: text that its data contains, or a function that looks at it
+    :raises TypeError: it is neither
     """
+    if not isinstance(match, str) and not callable(match):
+        raise TypeError(f"match: text, or a function, not {match!r}")
     matches = (lambda event: match in event.data) if isinstance(match, str) else match
     return Moment(f"after_event({match!r})", lambda visit: any(map(matches, visit.events)))
 
@@ -100,14 +103,14 @@ def when(condition: Waitable | threading.Event | Callable[[], Any]) -> Moment:
         time has come; or a function that says whether it has, which is asked every millisecond
     :raises TypeError: it is none of these
     """
-    if isinstance(condition, threading.Event):
-        return Moment(f"when({condition!r})", wait=lambda: to_thread.run_sync(condition.wait, abandon_on_cancel=True))
-    if (wait := getattr(condition, "wait", None)) is not None:
-        return Moment(f"when({condition!r})", wait=wait)
-    if not callable(condition):
+    name = f"when({getattr(condition, '__qualname__', repr(condition))})"
+    for wait in (getattr(condition, "wait", None), condition):
+        if is_async_callable(wait):
+            return Moment(name, wait=wait)
+    asked = getattr(condition, "is_set", condition)  # of a thread's or a process's event, whose `wait` would block
+    if not callable(asked):
         raise TypeError(f"condition: an event or a function, not {condition!r}")
-    name = getattr(condition, "__qualname__", repr(condition))
-    return Moment(f"when({name})", wait=condition if iscoroutinefunction(condition) else lambda: _poll(condition))
+    return Moment(name, wait=lambda: _poll(asked))
 
 
 async def _poll(function: Callable[[], Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -32,6 +33,40 @@ def checked(pools: Any) -> tuple[Any, ...]:
 def name(pool: Any) -> str:
     """To tell pools apart."""
     return str(getattr(pool, "__qualname__", type(pool).__qualname__))
+
+
+class Ledger:
+    """Counts for several visits at once: of what is missing nobody can say which of them has it, until all are over."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Any, int]] = {}
+        self._visits = 0
+        self._crowd = False
+
+    @contextmanager
+    def watched(self, pools: Sequence[Any]) -> Iterator[Callable[[], list[str]]]:
+        """During a visit.
+
+        :return: tells what has not been returned
+        """
+        if not self._visits:
+            self._before.clear()
+            self._crowd = False
+        self._visits += 1
+        self._crowd |= self._visits > 1
+        for pool in pools:
+            self._before.setdefault(id(pool), (pool, in_use(pool)))
+        try:
+            yield self._missing
+        finally:
+            self._visits -= 1
+
+    def _missing(self) -> list[str]:
+        if self._visits > 1:
+            return []
+        by = ", by one of several visits at once" if self._crowd else ""
+        missing = [(in_use(pool) - before, name(pool)) for pool, before in self._before.values()]
+        return [f"{more} of {what}{by}" for more, what in missing if more > 0]
 
 
 def _counter(pool: Any) -> Callable[[], Any]:

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -38,6 +38,7 @@ class Recorder:
         self._name = secrets.token_hex(4)  # workers share the file
         self._numbers = count(1)
         self._running: dict[str, Record] = {}
+        self._over: list[tuple[Record, Callable[[], None]]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,8 +51,7 @@ class Recorder:
         record = self._running[number] = open_until_told.enter_context(over.record(visit.look))
         self._write(id=number, method=scope["method"], path=scope["path"], began=time.monotonic())
 
-        async def tell() -> None:
-            await settle(record)
+        def tell() -> None:
             record.look()
             open_until_told.close()
             faults = [list(fault) for fault in record.faults]
@@ -61,11 +61,22 @@ class Recorder:
             await record.run(visit.run(self._app))
         finally:
             del self._running[number]
-            over.backend.aside(tell)
+            self._over.append((record, tell))
+            if len(self._over) == 1:
+                over.backend.aside(self._tell)
+
+    async def _tell(self) -> None:
+        """Judge those that are over: together, because collecting garbage takes its time."""
+        while self._over:
+            over = list(self._over)
+            await settle(*(record for record, _ in over))
+            for _, tell in over:
+                tell()
+            del self._over[: len(over)]
 
     def running(self) -> dict[str, str]:
         """Where each request that is not over waits."""
-        return {number: told(record.where()) for number, record in self._running.items()}
+        return {number: record.everywhere() for number, record in self._running.items()}
 
     def _write(self, **news: Any) -> None:
         os.write(self._file, json.dumps(news).encode() + b"\n")  # whole lines, whoever else writes

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
+import logging
 import weakref
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from types import AsyncGeneratorType, coroutine
-from typing import Any, Protocol
+from types import AsyncGeneratorType, GeneratorType
+from typing import Any, NamedTuple, Protocol
 
-from starlette.requests import ClientDisconnect
-
-from ..exceptions import ClientGone
 from .faults import Fault, Kind
-from .sites import Stack, own, stack_of, stack_of_waiting, told
+from .sites import Stack, own, site_of, stack_of, stack_of_waiting, told
+from .stepping import Seam, stepped
 
 AnyGenerator = AsyncGeneratorType[Any, Any]
 
@@ -22,19 +19,8 @@ CURRENT: ContextVar[Record | None] = ContextVar("fastapi_cancel_record", default
 """The record of the request that this task belongs to; every task that it starts inherits it."""
 
 
-class Backend(Protocol):
-    """What stepping must ask of asyncio or Trio."""
-
-    def requests(self) -> int:
-        """How often the running task has been asked to cancel, where that is counted."""
-        ...
-
-    def interruption(self, value: Any, requests: int) -> BaseException | None:
-        """The cancellation of the running task that its wait has ended with, if it did.
-
-        :param requests: how many there had been before
-        """
-        ...
+class Backend(Seam, Protocol):
+    """What a record must ask of asyncio or Trio."""
 
     def alive(self, task: Any) -> bool:
         """Whether a task has not ended."""
@@ -60,17 +46,26 @@ class Record:
     """One request.
 
     :param on_suspension: called at each wait of the work, in whichever of its tasks
+    :param log_level: from which on what it logs is a fault
     :ivar suspensions: how many there were
-    :ivar interruptions: how often somebody has cancelled one of its tasks at a wait
+    :ivar listening: whether what is heard of counts; not once the test itself has ended the work
+    :ivar dropped: whether it shall end by force
     """
 
-    def __init__(self, backend: Backend, on_suspension: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        on_suspension: Callable[[], object] | None = None,
+        log_level: int = logging.WARNING,
+    ) -> None:
         self.backend = backend
         self.on_suspension = on_suspension
         self.faults: list[Fault] = []
         self.suspensions = 0
-        self.interruptions = 0
+        self.listening = True
+        self.dropped = False
         self.suspended_in: Any = None
+        self._log_level = log_level
         self._work: Any = None
         self._tasks: weakref.WeakKeyDictionary[Any, Started] = weakref.WeakKeyDictionary()
         self._generators: dict[int, _Generator] = {}
@@ -88,6 +83,20 @@ class Record:
         """Where the request itself waits."""
         return stack_of_waiting(self._work)
 
+    def stacks(self) -> list[Stack]:
+        """Likewise, and each of its tasks."""
+        return [self.where(), *(stack_of_waiting(each.work) for each in self.tasks().values())]
+
+    def everywhere(self) -> str:
+        """Where it and its tasks wait in the user's own code, to be read by a person."""
+        stacks = self.stacks()
+        return "\n  and at\n".join(map(told, [stack for stack in stacks if own(stack) is not None] or stacks[:1]))
+
+    def heard(self, line: str, level: int) -> None:
+        """Somebody has said something."""
+        if self.listening and level >= self._log_level:
+            self.blame("logged", line)
+
     def blame(self, kind: Kind, text: str) -> None:
         if (fault := Fault(kind, text)) not in self.faults:
             self.faults.append(fault)
@@ -100,13 +109,14 @@ class Record:
         if self.on_suspension is not None:
             self.on_suspension()
 
-    def interrupted(self, interruption: BaseException) -> None:
-        """The work has taken ``interruption``, which by now knows what it met."""
-        self.interruptions += 1
+    def judged(self, interruption: BaseException, killed: bool) -> None:
+        """What came of an interruption."""
+        if not self.listening:
+            return
         stack = stack_of(interruption)
         if any(site.package == "starlette" and site.function == "BackgroundTask.__call__" for site in stack):
             self.blame("background cancelled", f"a background task was cancelled at\n{told(stack)}")
-        elif is_second(interruption) and (line := own(stack)) is not None:
+        elif killed and (line := own(stack)) is not None:
             below = stack[stack.index(line) + 1 :]
             # A task group that waits for its children, a stream that has closed already: they lose nothing.
             if not any(site.function.endswith((".__aexit__", ".aclose")) for site in below):
@@ -116,12 +126,18 @@ class Record:
         self._tasks[task] = started
 
     def iterated(self, generator: AnyGenerator, by: Stack) -> None:
-        self._generators[id(generator)] = _Generator(weakref.ref(generator), generator.__qualname__, by)
+        self._generators[id(generator)] = _Generator(weakref.ref(generator), by)
 
     def abandoned(self, generator: AnyGenerator) -> None:
         """The garbage collector has got it: nobody has closed it."""
         noted = self._generators.pop(id(generator))
-        self.blame("generator left open", f"{noted} was left to the garbage collector at\n{_waits(generator)}")
+        if self.listening:
+            self._blame_open(noted, generator, "was left to the garbage collector")
+
+    def _blame_open(self, noted: _Generator, generator: AnyGenerator, how: str) -> None:
+        if (left := _users(generator)) is not None:
+            name, first, waits = left.__qualname__, told(noted.iterated), told(stack_of_waiting(left))
+            self.blame("generator left open", f"{name}, first iterated at\n{first}\n  {how} at\n{waits}")
 
     # -- what is left ------------------------------------------------------------------------
 
@@ -133,82 +149,28 @@ class Record:
         """Blame the work for all that it has left over by now."""
         for started in self.tasks().values():
             self.blame("task left", str(started))
-        gc.collect()  # what is only part of a reference cycle is left to the collector, too
-        for noted in self._generators.values():
-            if (generator := noted.reference()) is not None and generator.ag_frame is not None:
-                self.blame("generator left open", f"{noted} waits at\n{_waits(generator)}")
+        for noted, generator in self._open_generators():
+            self._blame_open(noted, generator, "waits")
+
+    def needs_collecting(self) -> bool:
+        """Whether something may only be part of a reference cycle: that is left to the collector, too."""
+        return bool(self._open_generators() or self._tasks)
+
+    def _open_generators(self) -> list[tuple[_Generator, AnyGenerator]]:
+        alive = [(noted, noted.reference()) for noted in self._generators.values()]
+        return [(noted, each) for noted, each in alive if each is not None and each.ag_frame is not None]
 
 
-class _Generator:
-    def __init__(self, reference: weakref.ref[AnyGenerator], name: str, iterated: Stack) -> None:
-        self.reference = reference
-        self._name = name
-        self._iterated = iterated
-
-    def __str__(self) -> str:
-        return f"{self._name}, first iterated at\n{told(self._iterated)}\n "
+class _Generator(NamedTuple):
+    reference: weakref.ref[AnyGenerator]
+    iterated: Stack
 
 
-def _waits(generator: AnyGenerator) -> str:
-    return told(stack_of_waiting(generator))
-
-
-def is_second(interruption: BaseException) -> bool:
-    """Whether it has arrived while an earlier one was being handled.
-
-    Python keeps that: the earlier one is the context of the later one. A cancellation that was caught, and over,
-    is not.
-    """
-    seen: set[int] = set()
-    before = interruption.__context__
-    while before is not None and id(before) not in seen:
-        if is_interruption(before):
-            return True
-        seen.add(id(before))
-        before = before.__context__
-    return False
-
-
-def is_interruption(exc: BaseException) -> bool:
-    """Whether ``exc`` tells the work that it shall end."""
-    if isinstance(exc, (asyncio.CancelledError, ClientDisconnect, ClientGone)):
-        return True
-    return type(exc).__name__ == "Cancelled" and type(exc).__module__.partition(".")[0] == "trio"
-
-
-@coroutine
-def stepped(work: Any, record: Record) -> Generator[Any, Any, Any]:
-    """Step ``work`` by hand, and tell ``record`` of each wait and each interruption.
-
-    A wait may also end by the cancellation of something else, of a task that is awaited. asyncio counts the
-    requests to cancel a task, and only with one more of them was it this one.
-    """
-    backend = record.backend
-    step: Callable[[Any], Any] = work.send
-    value: Any = None
-    requests = backend.requests()
-    interruption: BaseException | None = None
-    try:
-        while True:
-            try:
-                waits_for = step(value)
-            except StopIteration as end:
-                return end.value
-            finally:
-                if interruption is not None:
-                    record.interrupted(interruption)
-            requests = min(requests, backend.requests())
-            record.suspended(work)
-            try:
-                value = yield waits_for
-            except GeneratorExit:
-                work.close()
-                raise
-            except BaseException as exc:
-                step, value = work.throw, exc
-            else:
-                step = work.send
-            interruption = backend.interruption(value, requests)
-            requests = max(requests, backend.requests())
-    finally:
-        del step, value, interruption  # an exception would hold this frame, which holds it
+def _users(generator: AnyGenerator) -> AnyGenerator | GeneratorType[Any, Any, Any] | None:
+    """``generator``, or what a framework's own one drives; ``None``: it has nothing to clean up."""
+    frame = generator.ag_frame
+    assert frame is not None
+    if site_of(frame).own:
+        return generator
+    held = frame.f_locals.values()
+    return next((each for each in held if isinstance(each, GeneratorType) and each.gi_frame is not None), None)

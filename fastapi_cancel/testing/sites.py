@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from .._ahead import Ahead
+
 PLUMBING = sys.stdlib_module_names | {
     *("_pytest", "anyio", "fastapi", "fastapi_cancel", "outcome", "pluggy", "pytest", "sse_starlette", "starlette"),
     *("trio", "uvicorn", "uvloop"),
@@ -19,6 +21,10 @@ DEPTH = 40
 
 BY_HAND = ("_drive", "stepped")
 """The functions of this library that step a coroutine, which they call ``work``."""
+
+
+AHEAD = Ahead.wait.__qualname__
+"""This one steps an asynchronous generator."""
 
 
 class Site(NamedTuple):
@@ -34,6 +40,11 @@ class Site(NamedTuple):
         """Whether the line is the user's own, and no framework's."""
         return self.package not in PLUMBING
 
+    @property
+    def installed(self) -> bool:
+        """Whether it is in a package that was installed."""
+        return not {"site-packages", "dist-packages"}.isdisjoint(Path(self.file).parts)
+
     def __str__(self) -> str:
         path = Path(self.file)
         here = Path.cwd()
@@ -45,11 +56,11 @@ Stack = tuple[Site, ...]
 
 
 def stack_here() -> Stack:
-    """The stack of the caller's caller. Reads no source, so that every task can afford it."""
+    """The stack of the caller's caller, from where the request begins. Reads no source: every task can afford it."""
     frame: FrameType | None = sys._getframe(2)
     sites: list[Site] = []
-    while frame is not None and len(sites) < DEPTH:
-        sites.append(_site(frame, frame.f_lineno))
+    while frame is not None and len(sites) < DEPTH and frame.f_code.co_name != "stepped":
+        sites.append(site_of(frame))
         frame = frame.f_back
     return tuple(reversed(sites))
 
@@ -59,14 +70,14 @@ def stack_of(exc: BaseException) -> Stack:
     sites: list[Site] = []
     traceback: TracebackType | None = exc.__traceback__
     while traceback is not None:
-        sites.append(_site(traceback.tb_frame, traceback.tb_lineno))
+        sites.append(site_of(traceback.tb_frame, traceback.tb_lineno))
         traceback = traceback.tb_next
     return tuple(sites)
 
 
 def stack_of_waiting(waiting: Any) -> Stack:
     """Where a suspended coroutine or asynchronous generator waits."""
-    return tuple(_site(frame, frame.f_lineno) for frame in _frames(waiting))
+    return tuple(site_of(frame) for frame in _frames(waiting))
 
 
 def _frames(waiting: Any) -> Iterator[FrameType]:
@@ -77,16 +88,22 @@ def _frames(waiting: Any) -> Iterator[FrameType]:
                 waiting = getattr(waiting, inner)
                 if waiting is None and frame.f_code.co_name in BY_HAND:
                     waiting = frame.f_locals.get("work")
+                elif waiting is None and frame.f_code.co_qualname == AHEAD:
+                    waiting = frame.f_locals["steps"]
                 break
         else:  # the awaitable of an `__anext__` keeps its generator to itself
             waiting = next((each for each in gc.get_referents(waiting) if hasattr(each, "ag_frame")), None)
 
 
-def _site(frame: FrameType, line: int) -> Site:
+def site_of(frame: FrameType, line: int | None = None) -> Site:
+    """Where ``frame`` is.
+
+    :param line: if not where it is now
+    """
     module = str(frame.f_globals.get("__name__", "?"))
     if module == "__main__" and (spec := frame.f_globals.get("__spec__")) is not None:
         module = spec.name  # python -m pytest
-    return Site(module.partition(".")[0], frame.f_code.co_filename, line, frame.f_code.co_qualname)
+    return Site(module.partition(".")[0], frame.f_code.co_filename, line or frame.f_lineno, frame.f_code.co_qualname)
 
 
 def own(stack: Stack) -> Site | None:
@@ -97,4 +114,6 @@ def own(stack: Stack) -> Site | None:
 def told(stack: Stack, lines: int = 6) -> str:
     """The user's own lines of a stack, or its last ones where there are none, to be read by a person."""
     chosen = [site for site in stack if site.own] or list(stack)
+    if len(chosen) > lines:  # a client library may have many of its own below the user's
+        chosen = [*[site for site in chosen[:-1] if not site.installed][1 - lines :], chosen[-1]]
     return "\n".join(f"    {site}" for site in chosen[-lines:]) or "    nowhere known"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from inspect import isawaitable
 from typing import Any
@@ -43,29 +43,36 @@ async def chaos(
     """Make the same request again and again, each time leaving one wait later, until it is over before that.
 
     A wait is an ``await`` that does suspend, in the request's own task or in one that it started. After each visit
-    nothing may be left, nothing logged, no cleanup killed; and ``check`` must hold.
+    nothing may be left, nothing logged, no cleanup killed; and ``check`` must hold. So it must after the last visit,
+    whose client stays.
 
     :param client: of the application
     :param most: waits to try; a stream that never ends has no last one
     :param longest: seconds for which one wait may last; the client leaves from a longer one, and that was the last
-    :param check: is given each visit that is over, and raises if the application is in a bad state; may be async
+    :param check: is given each visit that is over, and raises if the application is in a bad state; may be async. A
+        lock, a transaction, a file: what only it can know
     :param options: as :meth:`LeavingClient.visit` takes them
     :raises AssertionError: at the first visit that left anything, with the wait at which its client left
     :raises ValueError: ``most`` or ``longest`` is too small
+    :raises TypeError: ``content`` is gone once it was sent
     """
     if most < 1:
         raise ValueError(f"most: a number (>= 1), not {most!r}")
     if not longest > 0:
         raise ValueError(f"longest: seconds (> 0), not {longest!r}")
+    if isinstance(options.get("content"), (AsyncIterator, Iterator)):
+        raise TypeError(f"content: bytes, text or a list of pieces, to be sent many times, not {options['content']!r}")
     for number in range(1, most + 1):
         async with client.visit(method, path, leave=at_wait(number), **options) as visit:
             stuck = await _stuck(visit, longest)
-        if visit.left is None:
-            return Chaos(number - 1, True)
-        where = f"{visit!r}, whose client left at wait {number}, at\n{told(visit.left_at)}"
+        stayed = visit.left is None
+        when = "stayed" if stayed else f"left at wait {number}, at\n{told(visit.left_at)}"
+        where = f"{visit!r}, whose client {when}"
         fail_on(visit.faults, where)
         if check is not None:
             await _check(check, visit, where)
+        if stayed:
+            return Chaos(number - 1, True)
         if stuck:
             return Chaos(number - 1, False)
     return Chaos(most, False)
