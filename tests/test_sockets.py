@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from fastapi_cancel.testing import _connection
 from fastapi_cancel.testing._connection import SHOWN
 from fastapi_cancel.testing.sockets import RawClient
 
@@ -78,6 +79,16 @@ def test_close_does_not_wait_for_a_server_that_sends_without_end(listener: Liste
     client.close()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_close_drops_no_more_than_so_much(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left makes the system send a RST after the FIN."""
+    monkeypatch.setattr(_connection, "DROPPED", 1)
+    client, end = listener.connect()
+    end.sendall(b"x" * 200_000)
+    client.close()
+    assert end.recv(1) == b""
+    assert end.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
 
 def test_who_half_closes_still_reads(listener: Listener) -> None:
