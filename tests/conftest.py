@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from .live import LiveServer
+from .visits import surroundings as surroundings
 
 Start = Callable[..., LiveServer]
 NOT_TESTED = "NOT TESTED HERE:"
