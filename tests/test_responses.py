@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
 from fastapi_cancel._closing import InThread, close, in_threads
 from fastapi_cancel.protect import protect
-from fastapi_cancel.testing import Habits, after_chunks, after_start, at_wait, before_body, when
+from fastapi_cancel.testing import Habits, Moment, after_body, after_chunks, after_start, at_wait, before_body, when
 
 from .visits import clean, client, failed
 
@@ -163,7 +163,8 @@ async def test_nothing_is_pulled_after_a_signal_that_came_during_send() -> None:
     assert notes == []
 
 
-async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
+@pytest.mark.parametrize("leave", [before_body(), after_body(1)], ids=repr)
+async def test_a_body_that_never_started_is_cleaned_up_after(leave: Moment) -> None:
     """C11: the client is gone when the response begins."""
     notes = Notes()
 
@@ -179,7 +180,7 @@ async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
 
         await protect(respond, scope, receive, send, CancelPolicy(grace=1))
 
-    await clean(app, leave=before_body())
+    await clean(app, content=[b"a", b"b"], leave=leave)
     assert notes == ["cleaned"]
 
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, cancel_policy, never_cancel
 from fastapi_cancel._endpoints import _OwnTask
 from fastapi_cancel.ladder import Ladder
-from fastapi_cancel.protect import channel_of
+from fastapi_cancel.protect import KEY, channel_of
 from fastapi_cancel.testing import Habits, after_chunks, at_wait, during_send, when
 
 from .visits import clean, client, failed
@@ -378,8 +378,8 @@ async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
 # -- what a review found -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("leave", [True, False])
-async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(leave: bool) -> None:
+@pytest.mark.parametrize("cause", ["disconnect", "stalled", "stop"])
+async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(cause: str) -> None:
     """C13: FastAPI closes its stream under its own writing task."""
     seen: list[Any] = []
 
@@ -390,13 +390,17 @@ async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(leav
         finally:
             seen.append("closed")
 
-    app = serve(endpoint, CancelPolicy(send_timeout=None if leave else 0.05), response_class=EventSourceResponse)
+    app = serve(
+        endpoint, CancelPolicy(send_timeout=0.05 if cause == "stalled" else None), response_class=EventSourceResponse
+    )
     async with client(app).visit("GET", "/", stall=after_chunks(20)) as visit:
         await visit.until(during_send(21))
         await anyio.wait_all_tasks_blocked()
-        if leave:
+        if cause == "disconnect":
             visit.leave()
-    assert (visit.cause, visit.error, seen) == ("disconnect" if leave else "stalled", None, ["closed"])
+        elif cause == "stop":
+            visit.scope[KEY].ladder.signal("stop")
+    assert (visit.cause, visit.error, seen) == (cause, None, ["closed"])
 
 
 @pytest.mark.parametrize("policy", [CancelPolicy(), CancelPolicy(grace=0.02), CancelPolicy(causes=["disconnect"])])
