@@ -10,6 +10,8 @@ import pytest
 
 from fastapi_cancel.testing.live import LiveServer
 
+from .visits import surroundings as surroundings
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 20.0  # seconds: for what must happen; reached only by a bug
 SERVERS = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]

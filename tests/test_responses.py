@@ -25,20 +25,12 @@ from starlette.types import Receive, Scope, Send
 from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
 from fastapi_cancel._closing import InThread, close, in_threads
 from fastapi_cancel.protect import protect
-from fastapi_cancel.testing import (
-    Habits,
-    LeavingClient,
-    Moment,
-    Visit,
-    after_chunks,
-    after_start,
-    at_wait,
-    before_body,
-    when,
-)
+from fastapi_cancel.testing import Habits, Moment, after_body, after_chunks, after_start, at_wait, before_body, when
 
-pytestmark = pytest.mark.anyio
-NO_TEXT = AttributeError("'int' object has no attribute 'encode'")
+from .visits import clean, client, failed
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("surroundings")]
+NO_TEXT = repr(AttributeError("'int' object has no attribute 'encode'"))
 
 
 async def numbers(count: int = 3) -> AsyncIterator[str]:
@@ -57,23 +49,6 @@ class Notes(list[str]):
                 raise error
 
         return note
-
-
-async def clean(app: Any, leave: Moment | None = None) -> Visit:
-    """A visit that leaves nothing behind."""
-    visit = await LeavingClient(app).get("/", leave=leave)
-    visit.assert_clean()
-    return visit
-
-
-async def failed(app: Any, error: BaseException, leave: Moment | None = None) -> list[str]:
-    """What is logged for a visit whose application fails, and leaves nothing behind."""
-    visit = await LeavingClient(app).get("/", leave=leave)
-    assert repr(visit.error) == repr(error)
-    *logged, last = visit.faults
-    assert {fault.kind for fault in logged} <= {"logged"}
-    assert last.kind == "error"
-    return [fault.text for fault in logged]
 
 
 # -- what they are, and what they refuse ---------------------------------------------------------
@@ -148,7 +123,7 @@ async def test_nothing_is_pulled_or_sent_after_the_signal() -> None:
             await anyio.sleep(0.001)
             notes.append("closed")
 
-    visit = await clean(CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4)), after_chunks(1))
+    visit = await clean(CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4)), leave=after_chunks(1))
     assert visit.body == b"first"
     assert notes == ["closed"]
 
@@ -167,7 +142,7 @@ async def test_nothing_is_sent_after_the_signal_to_a_client_that_is_still_there(
             notes.append("closed")
 
     response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
-    visit = await LeavingClient(response).get("/")
+    visit = await client(response).get("/")
     assert (visit.body, visit.completed, visit.error) == (b"first", False, None)
     assert notes == ["closed"]
 
@@ -181,14 +156,15 @@ async def test_nothing_is_pulled_after_a_signal_that_came_during_send() -> None:
         notes.append("pulled again")
 
     response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
-    async with LeavingClient(response).visit("GET", "/", stall=after_start()) as visit:
+    async with client(response).visit("GET", "/", stall=after_start()) as visit:
         await visit.until(when(lambda: visit.cause))
         visit.resume()
     assert (visit.body, visit.cause) == (b"first", "timeout")
     assert notes == []
 
 
-async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
+@pytest.mark.parametrize("leave", [before_body(), after_body(1)], ids=repr)
+async def test_a_body_that_never_started_is_cleaned_up_after(leave: Moment) -> None:
     """C11: the client is gone when the response begins."""
     notes = Notes()
 
@@ -204,7 +180,7 @@ async def test_a_body_that_never_started_is_cleaned_up_after() -> None:
 
         await protect(respond, scope, receive, send, CancelPolicy(grace=1))
 
-    await clean(app, before_body())
+    await clean(app, content=[b"a", b"b"], leave=leave)
     assert notes == ["cleaned"]
 
 
@@ -234,7 +210,7 @@ async def test_hooks_and_background_run_after_a_disconnect() -> None:
     response = CancellableStreamingResponse(
         content(), background=BackgroundTask(notes.hook("background")), cleanup=notes.hook("cleaned")
     )
-    await clean(response, at_wait(1))
+    await clean(response, leave=at_wait(1))
     assert notes == ["cleaned", "background"]
 
 
@@ -248,22 +224,22 @@ async def test_a_policy_drops_the_background_task() -> None:
     response = CancellableStreamingResponse(
         content(), background=BackgroundTask(notes.hook("background")), policy=CancelPolicy(background=False)
     )
-    await clean(response, at_wait(1))
+    await clean(response, leave=at_wait(1))
     assert notes == []
 
 
 async def test_a_hook_that_fails_stops_no_other_and_hides_no_error() -> None:
     notes = Notes()
-    original = KeyError("the original")
 
     async def content() -> AsyncIterator[str]:
         yield "0"
-        raise original
+        raise KeyError("the original")
 
     response = CancellableStreamingResponse(
         content(), cleanup=[notes.hook("1"), notes.hook("2", ValueError("the hook's")), notes.hook("3")]
     )
-    (line,) = await failed(response, original)
+    error, (line,) = await failed(response)
+    assert error == "KeyError('the original')"
     assert notes == ["3", "2", "1"]
     assert re.match("fastapi_cancel ERROR: cleanup .* of CancellableStreamingResponse failed", line)
 
@@ -273,7 +249,7 @@ async def test_a_hook_that_hangs_is_cut_and_stops_no_other() -> None:
     response = CancellableStreamingResponse(
         numbers(), cleanup=[notes.hook("1"), anyio.sleep_forever], policy=CancelPolicy(cleanup_timeout=0.02)
     )
-    visit = await LeavingClient(response).get("/")
+    visit = await client(response).get("/")
     assert notes == ["1"]
     (fault,) = visit.faults
     assert "not finished after 0.02 s" in fault.text
@@ -281,18 +257,18 @@ async def test_a_hook_that_hangs_is_cut_and_stops_no_other() -> None:
 
 async def test_a_client_that_leaves_during_the_hooks_stops_none() -> None:
     """The response has failed; its hooks are not cancelled on top of it."""
-    notes, error = Notes(), KeyError()
+    notes = Notes()
 
     async def content() -> AsyncIterator[str]:
         yield "0"
-        raise error
+        raise KeyError
 
     async def hook() -> None:
         await anyio.sleep(0.02)
         notes.append("slow")
 
     response = CancellableStreamingResponse(content(), cleanup=[notes.hook("last"), hook])
-    assert await failed(response, error, at_wait(1)) == []
+    assert await failed(response, leave=at_wait(1)) == ("KeyError()", [])
     assert notes == ["slow", "last"]
 
 
@@ -300,7 +276,7 @@ async def test_a_client_that_leaves_during_the_hooks_stops_none() -> None:
 async def test_a_native_cancellation_cuts_one_hook_short_and_not_the_rest() -> None:
     notes = Notes()
     response = CancellableStreamingResponse(numbers(), cleanup=[notes.hook("last"), anyio.sleep_forever])
-    visit = await LeavingClient(response, server=Habits(cancels_after=0)).get("/", leave=at_wait(1))
+    visit = await client(response, server=Habits(cancels_after=0)).get("/", leave=at_wait(1))
     visit.assert_clean()
     assert isinstance(visit.error, asyncio.CancelledError)
     assert notes == ["last"]
@@ -322,7 +298,7 @@ async def test_a_generator_is_closed_in_its_own_task() -> None:
             finally:
                 notes.append("closed")
 
-    await clean(CancellableStreamingResponse(content()), after_chunks(2))
+    await clean(CancellableStreamingResponse(content()), leave=after_chunks(2))
     assert notes == ["closed"]
 
 
@@ -345,7 +321,7 @@ async def test_a_wrapped_body_is_closed_through_and_through() -> None:
 
     response = CancellableStreamingResponse(content())
     response.body_iterator = wrap(response.body_iterator)
-    assert await failed(response, NO_TEXT) == []
+    assert await failed(response) == (NO_TEXT, [])
     assert notes == ["wrapper", "content"]
 
 
@@ -359,7 +335,8 @@ async def test_a_generator_that_fails_to_close_is_logged() -> None:
             raise ValueError("in the generator's cleanup")
 
     response = CancellableStreamingResponse(content(), cleanup=notes.hook("cleaned"))
-    (line,) = await failed(response, NO_TEXT)
+    error, (line,) = await failed(response)
+    assert error == NO_TEXT
     assert "in the generator's cleanup" in line
     assert notes == ["cleaned"]
 
@@ -468,8 +445,8 @@ async def test_one_response_may_serve_several_requests_at_once(tmp_path: Path) -
     path.write_text("content")
     notes = Notes()
     response = CancellableFileResponse(path, background=BackgroundTask(notes.hook("background")))
-    client = LeavingClient(response)
-    async with client.visit("GET", "/") as one, client.visit("GET", "/") as two, client.visit("GET", "/") as three:
+    to = client(response)
+    async with to.visit("GET", "/") as one, to.visit("GET", "/") as two, to.visit("GET", "/") as three:
         pass
     assert one.body == two.body == three.body == b"content"
     assert notes == ["background"] * 3

@@ -18,20 +18,12 @@ from starlette.requests import ClientDisconnect
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, CancelPolicy, cancel_policy, never_cancel
 from fastapi_cancel._endpoints import _OwnTask
 from fastapi_cancel.ladder import Ladder
-from fastapi_cancel.protect import channel_of
-from fastapi_cancel.testing import (
-    Habits,
-    LeavingClient,
-    Moment,
-    Patience,
-    Visit,
-    after_chunks,
-    at_wait,
-    during_send,
-    when,
-)
+from fastapi_cancel.protect import KEY, channel_of
+from fastapi_cancel.testing import Habits, after_chunks, at_wait, during_send, when
 
-pytestmark = pytest.mark.anyio
+from .visits import clean, client, failed
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("surroundings")]
 
 
 def serve(endpoint: Any, policy: CancelPolicy | None = None, **arguments: Any) -> FastAPI:
@@ -41,20 +33,6 @@ def serve(endpoint: Any, policy: CancelPolicy | None = None, **arguments: Any) -
     router.add_api_route("/", endpoint, **arguments)
     app.include_router(router)
     return app
-
-
-async def clean(app: Any, leave: Moment | None = None, server: str | Habits = "uvicorn") -> Visit:
-    """A visit that leaves nothing behind. A work that is not told when its client leaves has time to end."""
-    visit = await LeavingClient(app, server=server, patience=Patience(untold=5)).get("/", leave=leave)
-    visit.assert_clean()
-    return visit
-
-
-async def failed(app: Any) -> str:
-    """The error of an application that leaves nothing behind."""
-    visit = await LeavingClient(app).get("/")
-    assert [fault.kind for fault in visit.faults] == ["error"]
-    return repr(visit.error)
 
 
 async def test_a_route_keeps_its_endpoint() -> None:
@@ -82,7 +60,7 @@ async def test_a_client_gone_while_nothing_was_sent_is_answered_with_499() -> No
 
         await app(scope, receive, observe)
 
-    await clean(observing, at_wait(1), "asgi")
+    await clean(observing, "asgi", leave=at_wait(1))
     assert statuses == [499]
 
 
@@ -124,7 +102,7 @@ async def test_a_real_error_of_the_cleanup_reaches_the_server() -> None:
         finally:
             raise ValueError("the cleanup failed")
 
-    visit = await LeavingClient(serve(endpoint)).get("/", leave=at_wait(1))
+    visit = await client(serve(endpoint)).get("/", leave=at_wait(1))
     assert repr(visit.error) == "ValueError('the cleanup failed')"
 
 
@@ -147,7 +125,7 @@ async def test_an_exception_handler_for_the_disconnect_does_not_make_it_loud() -
         raise AssertionError("not for this")
 
     app.add_exception_handler(ClientDisconnect, handle)
-    assert (await clean(app, after_chunks(1))).body == b"first"
+    assert (await clean(app, leave=after_chunks(1))).body == b"first"
 
 
 async def test_a_group_of_disconnects_is_silent() -> None:
@@ -169,7 +147,7 @@ async def test_a_group_of_disconnects_is_silent() -> None:
     async def endpoint() -> Response:
         return InTasks()
 
-    await clean(serve(endpoint, CancelPolicy(grace=4)), after_chunks(4))
+    await clean(serve(endpoint, CancelPolicy(grace=4)), leave=after_chunks(4))
 
 
 # -- background tasks ----------------------------------------------------------------------------
@@ -192,7 +170,7 @@ async def test_background_tasks_after_a_disconnect(policy: CancelPolicy) -> None
         tasks.add_task(background)
         return StreamingResponse(content())
 
-    await clean(serve(endpoint, policy), after_chunks(1))
+    await clean(serve(endpoint, policy), leave=after_chunks(1))
     assert seen == (["background"] if policy.background else [])
 
 
@@ -216,7 +194,7 @@ class Streams:
 @pytest.mark.parametrize("arguments", [{}, {"response_class": EventSourceResponse}])
 async def test_any_callable_that_yields(wrap: Any, arguments: dict[str, Any]) -> None:
     streams = Streams()
-    await clean(serve(wrap(streams), name="streams", **arguments), after_chunks(1))
+    await clean(serve(wrap(streams), name="streams", **arguments), leave=after_chunks(1))
     assert streams.closed == 1
 
 
@@ -237,7 +215,7 @@ async def test_a_generator_is_closed_before_its_dependencies(arguments: dict[str
         finally:
             seen.append("generator closed")
 
-    await clean(serve(endpoint, **arguments), after_chunks(1))
+    await clean(serve(endpoint, **arguments), leave=after_chunks(1))
     assert seen == ["generator closed", "session closed"]
 
 
@@ -256,8 +234,8 @@ async def test_an_sse_generator_that_waits_at_its_yield_is_closed_in_its_own_tas
             finally:
                 seen.append("closed")
 
-    client = LeavingClient(serve(endpoint, response_class=EventSourceResponse))
-    visit = await client.get("/", stall=after_chunks(2), leave=when(full))
+    to = client(serve(endpoint, response_class=EventSourceResponse))
+    visit = await to.get("/", stall=after_chunks(2), leave=when(full))
     visit.assert_clean()
     assert (len(visit.chunks), seen) == (2, ["closed"])
 
@@ -278,7 +256,7 @@ async def test_an_error_of_an_sse_generator_reaches_the_server() -> None:
         yield 1
         raise KeyError("the generator's")
 
-    assert 'KeyError("the generator\'s")' in await failed(serve(endpoint, response_class=EventSourceResponse))
+    assert 'KeyError("the generator\'s")' in (await failed(serve(endpoint, response_class=EventSourceResponse)))[0]
 
 
 async def test_an_sse_generator_whose_items_cannot_be_serialised_is_closed() -> None:
@@ -295,7 +273,7 @@ async def test_an_sse_generator_whose_items_cannot_be_serialised_is_closed() -> 
                 await anyio.sleep(0.001)
                 seen.append("closed")
 
-    visit = await LeavingClient(serve(endpoint, response_class=EventSourceResponse)).get("/")
+    visit = await client(serve(endpoint, response_class=EventSourceResponse)).get("/")
     assert visit.error is not None
     assert seen == ["closed"]
 
@@ -319,7 +297,7 @@ async def test_the_grace_of_an_sse_generator() -> None:
         seen.append("finished its step")
         yield 2
 
-    await clean(serve(endpoint, response_class=EventSourceResponse), when(started))
+    await clean(serve(endpoint, response_class=EventSourceResponse), leave=when(started))
     assert seen == ["finished its step"]
 
 
@@ -372,7 +350,7 @@ async def test_two_cancellable_things_on_one_request_share_a_watcher() -> None:
 
         await app(scope, read, send)
 
-    await clean(guarded, after_chunks(1), "hypercorn")
+    await clean(guarded, "hypercorn", leave=after_chunks(1))
     assert seen == [30.0, 7, "cleaned"]
 
 
@@ -394,7 +372,7 @@ async def test_a_response_that_is_never_called_cleans_up() -> None:
         return CancellableStreamingResponse(content(), cleanup=hook)
 
     app = serve(endpoint, dependencies=[Depends(failing, scope="function")])
-    assert await failed(app) == "KeyError('on the way out')"
+    assert await failed(app) == ("KeyError('on the way out')", [])
     assert seen == ["cleaned"]
 
 
@@ -413,8 +391,8 @@ async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
 # -- what a review found -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("leave", [True, False])
-async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(leave: bool) -> None:
+@pytest.mark.parametrize("cause", ["disconnect", "stalled", "stop"])
+async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(cause: str) -> None:
     """C13: FastAPI closes its stream under its own writing task."""
     seen: list[Any] = []
 
@@ -425,13 +403,17 @@ async def test_an_sse_producer_that_is_faster_than_its_client_ends_silently(leav
         finally:
             seen.append("closed")
 
-    app = serve(endpoint, CancelPolicy(send_timeout=None if leave else 0.05), response_class=EventSourceResponse)
-    async with LeavingClient(app).visit("GET", "/", stall=after_chunks(20)) as visit:
+    app = serve(
+        endpoint, CancelPolicy(send_timeout=0.05 if cause == "stalled" else None), response_class=EventSourceResponse
+    )
+    async with client(app).visit("GET", "/", stall=after_chunks(20)) as visit:
         await visit.until(during_send(21))
         await anyio.wait_all_tasks_blocked()
-        if leave:
+        if cause == "disconnect":
             visit.leave()
-    assert (visit.cause, visit.error, seen) == ("disconnect" if leave else "stalled", None, ["closed"])
+        elif cause == "stop":
+            visit.scope[KEY].ladder.signal("stop")
+    assert (visit.cause, visit.error, seen) == (cause, None, ["closed"])
 
 
 @pytest.mark.parametrize("policy", [CancelPolicy(), CancelPolicy(grace=0.02), CancelPolicy(causes=["disconnect"])])
@@ -470,8 +452,8 @@ async def test_an_error_in_the_cleanup_of_an_sse_generator_is_logged() -> None:
                 await anyio.sleep(0.01)
             raise ValueError("in the generator's cleanup")
 
-    client = LeavingClient(serve(endpoint, response_class=EventSourceResponse))
-    (fault,) = (await client.get("/", leave=after_chunks(1))).faults
+    to = client(serve(endpoint, response_class=EventSourceResponse))
+    (fault,) = (await to.get("/", leave=after_chunks(1))).faults
     assert "in the generator's cleanup" in fault.text
 
 
@@ -497,7 +479,7 @@ async def test_a_background_task_of_a_request_within_the_request_runs_once() -> 
         await app({**request.scope, "path": "/inner", "raw_path": b"/inner"}, request.receive, send)
         await anyio.sleep_forever()
 
-    await clean(app, when(lambda: sent))
+    await clean(app, leave=when(lambda: sent))
     assert (sent, seen) == ([None, b'"inner"'], ["background"])
 
 
@@ -515,7 +497,7 @@ async def test_the_answer_to_a_timeout_does_not_wait_for_background_tasks() -> N
         tasks.add_task(background)
         return Slow()
 
-    async with LeavingClient(serve(endpoint, CancelPolicy(timeout=0.02))).visit("GET", "/") as visit:
+    async with client(serve(endpoint, CancelPolicy(timeout=0.02))).visit("GET", "/") as visit:
         pass
     assert (visit.status, visit.faults, seen) == (504, [], [504])
 
@@ -536,7 +518,7 @@ async def test_a_response_of_an_endpoint_that_opted_out_is_not_cancelled() -> No
         return CancellableStreamingResponse(content(), cleanup=hook)
 
     # Starlette itself would stop for an older server.
-    await clean(serve(endpoint), after_chunks(1), Habits(spec_version="2.4"))
+    await clean(serve(endpoint), Habits(spec_version="2.4"), leave=after_chunks(1))
     assert seen == ["went on", "cleaned"]
 
 

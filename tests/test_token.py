@@ -22,18 +22,19 @@ from fastapi_cancel import (
     cancel_policy,
     never_cancel,
 )
-from fastapi_cancel.testing import LeavingClient, Moment, Patience, Visit, at_wait, when
+from fastapi_cancel.testing import at_wait, when
 
-pytestmark = pytest.mark.anyio
+from .visits import clean, client
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("surroundings")]
 
 
-async def visit(endpoint: Any, leave: Moment | None = None, route_class: Any = CancellableRoute) -> Visit:
-    """A visit to an application with one endpoint. One that is not told when its client leaves has time to end."""
+def serve(endpoint: Any, route_class: Any = CancellableRoute) -> FastAPI:
     app = FastAPI()
     router = APIRouter(route_class=route_class)
     router.add_api_route("/", endpoint)
     app.include_router(router)
-    return await LeavingClient(app, patience=Patience(untold=5)).get("/", leave=leave)
+    return app
 
 
 async def test_wait_gives_the_cause() -> None:
@@ -46,7 +47,7 @@ async def test_wait_gives_the_cause() -> None:
         seen.append(await token.wait())
         seen.extend([token.is_set(), token.cause, await token.wait()])
 
-    (await visit(endpoint, at_wait(1))).assert_clean()
+    await clean(serve(endpoint), leave=at_wait(1))
     assert seen == [False, None, "disconnect", True, "disconnect", "disconnect"]
 
 
@@ -62,7 +63,7 @@ async def test_raise_if_set_ends_the_handler_silently() -> None:
             seen.extend([exc.cause, str(exc)])
             raise
 
-    (await visit(endpoint, when(started))).assert_clean()
+    await clean(serve(endpoint), leave=when(started))
     assert seen == ["disconnect", "the request was cancelled: disconnect"]
 
 
@@ -70,7 +71,7 @@ async def test_waiting_in_a_thread_may_time_out() -> None:
     async def endpoint(token: Token) -> str | None:
         return await run_sync(token.wait_in_thread, 0.01)
 
-    assert (await visit(endpoint)).body == b"null"
+    assert (await clean(serve(endpoint))).body == b"null"
 
 
 async def test_the_token_of_who_opted_out_is_never_set() -> None:
@@ -83,14 +84,14 @@ async def test_the_token_of_who_opted_out_is_never_set() -> None:
         seen.extend([token.is_set(), token.cause, await run_sync(token.wait_in_thread, 0.01)])
         token.raise_if_set()
 
-    (await visit(endpoint, at_wait(1))).assert_clean()
+    await clean(serve(endpoint), leave=at_wait(1))
     assert seen == [False, None, None]
 
 
 async def test_a_plain_route_has_no_token() -> None:
     async def endpoint(token: Token) -> None: ...
 
-    error = (await visit(endpoint, route_class=APIRoute)).error
+    error = (await client(serve(endpoint, APIRoute)).get("/")).error
     assert isinstance(error, NotCancellable)
     assert str(error).startswith("no cancel token for /: its router needs route_class=CancellableRoute")
 
