@@ -118,7 +118,7 @@ async def test_raising_in_a_thread_is_the_one_interruption(grace: float, anyio_b
             await anyio.sleep(0.001)
             seen.append("cleaned")
 
-    (await visit(endpoint, when(started))).assert_clean()
+    await clean(serve(endpoint), leave=when(started))
     assert seen == ["cleaned"]
 
 
@@ -149,7 +149,7 @@ async def test_raising_in_a_thread_that_another_task_waits_for(wait: str) -> Non
             seen.append("cancelled")
             raise
 
-    (await visit(endpoint, when(started))).assert_clean()
+    await clean(serve(endpoint), leave=when(started))
     assert seen == ["cancelled"]
 
 
@@ -173,5 +173,5 @@ async def test_raising_in_a_thread_that_nobody_waits_for() -> None:
         await ended.wait()
         seen.append("ended")
 
-    (await visit(endpoint, when(started))).assert_clean()
+    await clean(serve(endpoint), leave=when(started))
     assert seen == ["ended"]
