@@ -297,9 +297,9 @@ async def test_an_interrupt_that_the_watcher_meets_is_not_dropped() -> None:
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await anyio.sleep_forever()
 
-    error = (await asking(protected(work, read), "error")).error
-    assert isinstance(error, BaseExceptionGroup)
-    assert error.subgroup(KeyboardInterrupt)
+    with pytest.raises(BaseExceptionGroup) as interrupted:
+        await asking(protected(work, read))
+    assert interrupted.group_contains(KeyboardInterrupt)
 
 
 async def test_an_error_that_the_reader_meets_itself_is_raised_there() -> None:
@@ -347,7 +347,8 @@ async def test_two_tasks_of_the_application_may_read() -> None:
             group.cancel_scope.cancel()
         await answer(send)
 
-    await asking(protected(work), content=[b"a", b"b"])
+    # The kit may warn of it, and is right: who gets which piece is chance.
+    await LeavingClient(protected(work)).post("/", content=[b"a", b"b"])
     assert sorted(message["body"] for message in seen) == [b"a", b"b"]
 
 
