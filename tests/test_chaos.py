@@ -1,5 +1,8 @@
 """Chaos leaves at every wait in turn: what it finds in a faulty application, and nothing in a sound one."""
 
+# pyright: reportPossiblyUnboundVariable=false
+# (what is used after a block that raises was bound within it)
+
 from __future__ import annotations
 
 import gc

@@ -1,5 +1,8 @@
 """The client that leaves, in process: requests, moments, servers' habits, what came of a visit. On asyncio and Trio."""
 
+# pyright: reportPossiblyUnboundVariable=false
+# (what is used after a block that raises was bound within it)
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,8 @@
 """The look at code that is not behind a request."""
 
+# pyright: reportPossiblyUnboundVariable=false
+# (what is used after a block that raises was bound within it)
+
 from __future__ import annotations
 
 import asyncio
