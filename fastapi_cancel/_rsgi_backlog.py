@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from functools import lru_cache
 
 from ._rsgi_types import Scope
 
@@ -82,6 +83,7 @@ class Backlog:
         return look(self._scope.client, self._scope.server)
 
 
+@lru_cache(maxsize=1024)
 def address(text: str) -> tuple[str, int | None] | None:
     """As ASGI has it. A Unix socket's path has no port, and its client no path."""
     if text.startswith("/") or not text:

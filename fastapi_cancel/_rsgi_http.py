@@ -15,7 +15,7 @@ What Granian 2.8 does where the specification is silent, and what follows from i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.types import Message
@@ -116,7 +116,7 @@ class Exchange(News):
         """
         kind = message["type"]
         if kind == "http.response.start" and not self._status:
-            self._start(message["status"], message.get("headers", ()))
+            self._start(message["status"], list(message.get("headers", ())))
         elif kind == "http.response.body" and self._status and not self._finished:
             body = message.get("body", b"")
             await self._write(body if type(body) is bytes else bytes(body), message.get("more_body", False))
@@ -128,10 +128,13 @@ class Exchange(News):
             return "after the response"
         return "after http.response.start" if self._status else "before http.response.start"
 
-    def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         if not 200 <= status <= 999:
             raise ValueError(f"status must be from 200 to 999, not {status!r}")
-        head = [(name.decode("latin-1"), _text(value)) for name, value in headers]
+        try:
+            head = [(name.decode(), value.decode()) for name, value in headers]
+        except UnicodeDecodeError:
+            head = [(name.decode("latin-1"), _text(value)) for name, value in headers]
         for name, value in head:
             if name.lower() == "content-length":
                 self._length = int(value)
@@ -331,7 +334,7 @@ class _Body:
 
 
 def _text(value: bytes) -> str:
-    """RSGI encodes header values as UTF-8."""
+    """Granian sends UTF-8, whatever it was."""
     try:
         return value.decode()
     except UnicodeDecodeError:

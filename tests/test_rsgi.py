@@ -463,11 +463,11 @@ async def test_utf8_in_a_header_stays_as_it_is() -> None:
     protocol = Protocol()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({**OK, "headers": [(b"x-name", "日本".encode())]})
+        await send({**OK, "headers": [(b"x-name", "日本".encode()), (b"x-latin", "é".encode("latin-1"))]})
         await send({"type": "http.response.body"})
 
     await serve(app, protocol)
-    assert protocol.answers == [("empty", 200, [("x-name", "日本")], b"")]
+    assert protocol.answers == [("empty", 200, [("x-name", "日本"), ("x-latin", "é")], b"")]
 
 
 @pytest.mark.parametrize(
@@ -525,6 +525,8 @@ async def test_a_complete_response_is_not_a_disconnect(headers: list[tuple[bytes
         protocol.leave()
         await turns()
         if headers:  # the client has all, the application may have something to do yet
+            receive.__self__._left(protocol.waiting[0])  # type: ignore[attr-defined]
+            await turns()
             assert not waiting.done()
             peek = asyncio.ensure_future(receive())
             await send({"type": "http.response.body", "more_body": True})
@@ -535,6 +537,23 @@ async def test_a_complete_response_is_not_a_disconnect(headers: list[tuple[bytes
 
     await serve(app, protocol)
     assert [how for how, *_ in protocol.answers] == ["stream"]
+
+
+async def test_a_length_that_is_reached_is_a_complete_response(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody asks Granian any more, and the last message adds nothing."""
+    protocol = Protocol()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({**OK, "headers": [(b"content-length", b"3")]})
+        await send({"type": "http.response.body", "body": b"abc", "more_body": True})
+        waiting = asyncio.ensure_future(receive())
+        await turns()
+        waiting.cancel()
+
+    await serve(app, protocol)
+    assert protocol.waiting == []
+    assert caplog.records == []
 
 
 async def test_a_disconnect_that_crosses_the_end_of_the_response() -> None:
@@ -590,6 +609,8 @@ async def test_a_stream_of_which_the_head_alone_is_wanted(method: str, status: i
         waiting = asyncio.ensure_future(receive())
         await turns()
         await send({**OK, "status": status})
+        await turns()
+        protocol.leave()  # so says Granian
         await turns()
         assert waiting.done() == (method == "HEAD")
         if first:
