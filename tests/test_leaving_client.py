@@ -337,6 +337,12 @@ async def test_at_a_wait(anyio_backend: str, number: int) -> None:
     assert "test_at_a_wait.<locals>.app" in str([site.function for site in visit.left_at])
 
 
+async def test_at_the_wait_for_the_client_itself(anyio_backend: str) -> None:
+    """Trio wakes nobody who does not yet wait."""
+    visit = await LeavingClient(counting(2)).get("/", leave=at_wait(1))
+    assert (visit.chunks, visit.faults) == ([b"x1", b"x2"], [])
+
+
 def event_of(kind: str) -> Any:
     """An event, and what sets it."""
     if kind == "backend":

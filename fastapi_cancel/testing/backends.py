@@ -21,6 +21,9 @@ from .stepping import Dropped, is_interruption, stepped
 LASTING = {("sse_starlette.sse", "_shutdown_watcher")}
 """What a package starts once, whichever request is the first, for the whole life of the event loop."""
 
+ANYIO = "TaskHandle._run_coro"
+"""What the tasks of AnyIO's groups run on asyncio; it is their name that tells them apart."""
+
 GIVE_UP = 5.0
 """Seconds for which cancelled work is awaited, before it is ended by force."""
 
@@ -59,6 +62,17 @@ class Backend(ABC):
     @abstractmethod
     def alive(self, task: Any) -> bool:
         """Whether a task has not ended."""
+
+    @abstractmethod
+    def once_suspended(self, function: Callable[[], object]) -> None:
+        """Call ``function`` when the running task waits, as it is about to."""
+
+    def called(self, task: Any, function: str) -> str:
+        """The name by which the user knows a task.
+
+        :param function: that it runs
+        """
+        return function
 
     @abstractmethod
     def cancel(self, task: Any) -> bool:
@@ -181,6 +195,12 @@ class AsyncioBackend(Backend):
     def alive(self, task: Any) -> bool:
         return not task.done()
 
+    def once_suspended(self, function: Callable[[], object]) -> None:
+        function()
+
+    def called(self, task: Any, function: str) -> str:
+        return str(task.get_name()) if function == ANYIO else function
+
     def cancel(self, task: Any) -> bool:
         task.cancel()
         return True
@@ -216,6 +236,7 @@ class TrioBackend(Backend):
     counts = False
 
     def __init__(self) -> None:
+        self._once_suspended: list[Callable[[], object]] = []
         self._token = sys.modules["trio"].lowlevel.current_trio_token()
 
     def is_running(self) -> bool:
@@ -234,6 +255,14 @@ class TrioBackend(Backend):
         if record is not None:
             record.started(task, Started(task.name, task.coro, stack_here()))
             task.coro = wrapped(task.coro, record)
+
+    def once_suspended(self, function: Callable[[], object]) -> None:
+        self._once_suspended.append(function)  # who waits for an event may not be woken before
+
+    def after_task_step(self, task: Any) -> None:
+        """Called by Trio."""
+        while self._once_suspended:
+            self._once_suspended.pop(0)()
 
     def requests(self) -> int:
         return 0

@@ -28,10 +28,7 @@ async def lifespan(app: ASGIApp) -> AsyncIterator[dict[str, Any]]:
         try:
             yield life.state
         finally:
-            with anyio.move_on_after(SHUTDOWN, shield=True) as limit:
-                await life.phase("shutdown")
-            if limit.cancelled_caught:
-                raise RuntimeError(f"the application's shutdown was not over after {SHUTDOWN:g} s")
+            await life.shut_down()
     if isinstance(running.error, Exception) and "lifespan.startup.complete" in life.answers:
         raise RuntimeError("the application's lifespan failed") from running.error
 
@@ -53,6 +50,13 @@ class _Life:
             await self._news.wait()
         if failed in self.answers:
             raise RuntimeError(f"the application's {name} failed:\n{self.answers[failed].get('message', '')}")
+
+    async def shut_down(self) -> None:
+        """Whatever else wants to end."""
+        with anyio.move_on_after(SHUTDOWN, shield=True) as limit:
+            await self.phase("shutdown")
+        if limit.cancelled_caught:
+            raise RuntimeError(f"the application's shutdown was not over after {SHUTDOWN:g} s")
 
     async def run(self, app: ASGIApp) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": self.state}

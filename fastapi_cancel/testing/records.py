@@ -27,20 +27,33 @@ class Backend(Seam, Protocol):
         """Whether a task has not ended."""
         ...
 
+    def once_suspended(self, function: Callable[[], object]) -> None:
+        """Call ``function`` when the running task waits, as it is about to."""
+        ...
+
+    def called(self, task: Any, function: str) -> str:
+        """The name by which the user knows a task.
+
+        :param function: that it runs
+        """
+        ...
+
 
 class Started:
     """A task that the work has started.
 
+    :param function: that it runs
+    :param work: its coroutine
     :param created: the stack that did it
     """
 
-    def __init__(self, name: str, work: Any, created: Stack) -> None:
-        self.name = name
+    def __init__(self, function: str, work: Any, created: Stack) -> None:
+        self.function = function
         self.work = work
         self.created = created
 
     def __str__(self) -> str:
-        return f"{self.name}, created at\n{told(self.created)}\n  waits at\n{told(stack_of_waiting(self.work))}"
+        return f"created at\n{told(self.created)}\n  waits at\n{told(stack_of_waiting(self.work))}"
 
 
 class Record:
@@ -108,7 +121,7 @@ class Record:
         self.suspensions += 1
         self.suspended_in = work
         if self.on_suspension is not None:
-            self.on_suspension()
+            self.backend.once_suspended(self.on_suspension)
 
     def judged(self, interruption: BaseException, killed: bool) -> None:
         """What came of an interruption."""
@@ -148,8 +161,8 @@ class Record:
 
     def look(self) -> None:
         """Blame the work for all that it has left over by now."""
-        for started in self.tasks().values():
-            self.blame("task left", str(started))
+        for task, started in self.tasks().items():
+            self.blame("task left", f"{self.backend.called(task, started.function)}, {started}")
         gc.collect()  # what is only part of a reference cycle is left to the collector, too
         for noted in list(self._generators.values()):
             if (generator := noted.reference()) is not None and generator.ag_frame is not None:
