@@ -243,6 +243,7 @@ def wait_until_stuck(cell: Cell) -> None:
     """Wait until the content has not been asked for more for a while."""
     end = time.monotonic() + cell.live.deadline
     while time.monotonic() - (state := cell.live.json("/stats")).get("asked_at", time.monotonic()) < STUCK:
+        time.sleep(0.02)
         assert time.monotonic() < end, "the socket is never full"
     assert cell.visits("/flood", "/plain-flood") == [] or not state["cleaned"], "all was taken"
 
