@@ -24,7 +24,7 @@ from fastapi_cancel.testing import live as live_module
 from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
 from fastapi_cancel.testing.live import LiveServer, LiveServerError, free_port
-from fastapi_cancel.testing.recorder import Recorder
+from fastapi_cancel.testing.recorder import Recorder, read_visits
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
@@ -502,12 +502,16 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.mark.anyio
 async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
-    probe = Probe(Recorder(echo, tmp_path / "visits"), "token")
+    visits = tmp_path / "visits"
+    probe = Probe(Recorder(echo, visits), "token")
     answers = {READY: b"token", "/root" + READY: b"token", RUNNING: b"{}", "/other": b"/other"}
     for path, body in answers.items():
         connection = Connection(path)
         await connection.run(probe)
         assert (connection.status, connection.body) == (200, body)
+    with anyio.fail_after(DEADLINE):
+        while [visit.ended is not None for visit in read_visits(visits)] != [True]:  # of the one that was passed on
+            await anyio.sleep(0.01)
 
 
 @pytest.mark.anyio

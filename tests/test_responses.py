@@ -24,8 +24,8 @@ from starlette.types import Receive, Scope, Send
 
 from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
 from fastapi_cancel._closing import InThread, close, in_threads
-from fastapi_cancel.protect import protect
-from fastapi_cancel.testing import Habits, Moment, after_body, after_chunks, after_start, at_wait, before_body, when
+from fastapi_cancel.protect import KEY, protect
+from fastapi_cancel.testing import Habits, Moment, after_body, after_chunks, at_wait, before_body, during_send
 
 from .visits import clean, client, failed
 
@@ -130,19 +130,22 @@ async def test_nothing_is_pulled_or_sent_after_the_signal() -> None:
 
 async def test_nothing_is_sent_after_the_signal_to_a_client_that_is_still_there() -> None:
     """C16: a time limit, and a generator that uses its grace."""
-    notes = Notes()
+    late, notes = anyio.Event(), Notes()
 
     async def content() -> AsyncIterator[str]:
         try:
             yield "first"
-            await anyio.sleep(0.05)
+            await late.wait()
             yield "second"
             notes.append("pulled again")
         finally:
             notes.append("closed")
 
-    response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
-    visit = await client(response).get("/")
+    response = CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4))
+    async with client(response).visit("GET", "/") as visit:
+        await visit.until(after_chunks(1))
+        visit.scope[KEY].ladder.signal("timeout")
+        late.set()
     assert (visit.body, visit.completed, visit.error) == (b"first", False, None)
     assert notes == ["closed"]
 
@@ -155,11 +158,12 @@ async def test_nothing_is_pulled_after_a_signal_that_came_during_send() -> None:
         yield "first"
         notes.append("pulled again")
 
-    response = CancellableStreamingResponse(content(), policy=CancelPolicy(timeout=0.02, grace=4))
-    async with client(response).visit("GET", "/", stall=after_start()) as visit:
-        await visit.until(when(lambda: visit.cause))
+    response = CancellableStreamingResponse(content(), policy=CancelPolicy(grace=4))
+    async with client(response).visit("GET", "/", stall=before_body()) as visit:
+        await visit.until(during_send(1))
+        visit.scope[KEY].ladder.signal("timeout")
         visit.resume()
-    assert (visit.body, visit.cause) == (b"first", "timeout")
+    assert visit.body == b"first"
     assert notes == []
 
 

@@ -379,13 +379,13 @@ async def test_a_response_that_is_never_called_cleans_up() -> None:
 async def test_the_limit_of_a_response_replaces_that_of_its_route() -> None:
     async def content() -> AsyncIterator[str]:
         yield "first"
-        await anyio.sleep(0.05)
+        await anyio.sleep(0.4)
         yield "second"
 
     async def endpoint() -> Response:
         return CancellableStreamingResponse(content(), policy=CancelPolicy())
 
-    assert (await clean(serve(endpoint, CancelPolicy(timeout=0.02)))).body == b"firstsecond"
+    assert (await clean(serve(endpoint, CancelPolicy(timeout=0.2)))).body == b"firstsecond"
 
 
 # -- what a review found -------------------------------------------------------------------------

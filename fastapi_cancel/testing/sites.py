@@ -12,7 +12,19 @@ from typing import Any, NamedTuple
 from .._ahead import Ahead
 
 PLUMBING = sys.stdlib_module_names | {
-    *("_pytest", "anyio", "coverage", "execnet", "fastapi", "fastapi_cancel", "outcome", "pluggy", "pytest", "sse_starlette", "starlette"),
+    *(
+        "_pytest",
+        "anyio",
+        "coverage",
+        "execnet",
+        "fastapi",
+        "fastapi_cancel",
+        "outcome",
+        "pluggy",
+        "pytest",
+        "sse_starlette",
+        "starlette",
+    ),
     *("pytest_asyncio", "pytest_timeout", "trio", "uvicorn", "uvloop", "xdist"),
 }
 """Packages that end their own waits in order: a fault is looked for in the code around them."""
