@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint docs system fastapi-suite sse-starlette-suite lower clean
+.PHONY: demo test bench lint docs system fastapi-suite sse-starlette-suite lower matrix clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.sse_chat
@@ -23,6 +23,10 @@ lint: $(VENV)/.installed
 # FastAPI's own tests, with and without CancellableRoute as the default: no new failure.
 fastapi-suite: $(VENV)/.installed
 	$(BIN)/python scripts/fastapi_suite.py
+
+# The contract, line by line on every server with 0 and 5 middleware: takes its time, and is no part of `test` yet.
+matrix: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/matrix_lines.py
 
 # sse-starlette's own tests, with SSEResponse for its response: no failure but those that are listed with their reason.
 sse-starlette-suite: $(VENV)/.installed
