@@ -16,7 +16,7 @@ from fastapi_cancel.testing.http2 import Http2Stream
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "servers.md"
-BEGIN, END = "<!-- matrix: begin, written by tests/test_matrix.py -->", "<!-- matrix: end -->"
+BEGIN, END = "<!-- matrix: begin, written by tests/matrix_lines.py -->", "<!-- matrix: end -->"
 LAYERS = (0, 5)  # of BaseHTTPMiddleware
 BRIEF = 3.0  # seconds for what is known not to come
 

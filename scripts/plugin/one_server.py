@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SERVERS = {"uvicorn-httptools": "asyncio", "hypercorn-trio": "Trio"}
+SERVERS = {"uvicorn": "asyncio", "hypercorn-trio": "Trio"}
 LEFT_OUT = {
     "test_clients.py": "what clients make of bytes that the tests in process look at",
     "test_many_streams.py": "how much one server holds",
