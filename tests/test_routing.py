@@ -74,7 +74,7 @@ async def test_a_server_that_never_takes_the_499_is_not_waited_for() -> None:
 
         await app(scope, receive, never_return)
 
-    await clean(never_returning, at_wait(1))
+    await clean(never_returning, leave=at_wait(1))
 
 
 @pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 503), ("shutdown", 503)])
