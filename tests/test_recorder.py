@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -12,7 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute
 from fastapi_cancel.testing import LeavingClient, after_start, at_wait
+from fastapi_cancel.testing.backends import _drop
 from fastapi_cancel.testing.recorder import Recorder, ServedVisit, read_visits
+from fastapi_cancel.testing.records import Record
+from fastapi_cancel.testing.stepping import Dropped
 
 pytestmark = pytest.mark.anyio
 
@@ -142,3 +146,35 @@ async def test_a_native_cancellation_is_no_error(file: Path) -> None:
     await LeavingClient(recorder).get("/", leave=after_start())
     (visit,) = await visits_of(recorder, file)
     assert visit.error is None and visit.left is not None
+
+
+async def test_requests_that_end_together_are_judged_together(file: Path) -> None:
+    recorder = Recorder(app, file)
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(LeavingClient(recorder).get, "/hello")
+    assert [visit.faults for visit in await visits_of(recorder, file, 3)] == [[], [], []]
+
+
+CLOSING = """
+class Stream:
+    def aclose(self):
+        raise RuntimeError("interrupted")
+"""
+
+
+def test_a_stream_that_has_closed_already_loses_nothing() -> None:
+    """AnyIO's streams and task groups end their own waits in order."""
+    plumbing: dict[str, Any] = {"__name__": "anyio.streams"}
+    exec(CLOSING, plumbing)
+    record = Record(None)  # type: ignore[arg-type]
+    try:
+        plumbing["Stream"]().aclose()
+    except RuntimeError as interruption:
+        record.judged(interruption, True)
+    assert record.faults == []
+
+
+def test_what_trio_is_to_raise_in_work_that_does_not_end() -> None:
+    with pytest.raises(Dropped):
+        _drop()
