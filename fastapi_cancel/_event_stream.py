@@ -52,7 +52,7 @@ import anyio
 from starlette.types import Message, Send
 
 from ._ahead import Ahead
-from ._heart import Pulse, heart_for
+from ._heart import Pulse, current_heart
 from .events import encode, is_whole
 from .exceptions import ClientGone, InvalidEvent, RequestCancelled
 from .ladder import RUN, Ladder
@@ -246,7 +246,7 @@ class EventStream:
         if self._gathered and not self._busy:
             self._send_aside(self._take())
         if self._pulse is None and (interval := self._source.ping_interval):
-            self._pulse = heart_for(self._ladder).add(self._look_here, self._sent_at + interval)
+            self._pulse = current_heart().add(self._look_here, self._sent_at + interval)
         self._pulls = True
         try:
             await items.wait()
