@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .events import JSONServerSentEvent, LastEventID, ServerSentEvent, get_last_event_id
+    from .broker import Broker, BrokerUnavailable, Gap, connect
+    from .events import LastEventID, get_last_event_id
     from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
     from .listening import limit_silence, listening_socket
     from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
@@ -12,12 +13,14 @@ if TYPE_CHECKING:
     from .routing import CancellableRoute
     from .rsgi import RSGI
     from .shutdown import drain
-    from .sse import SSEResponse, StreamInfo
+    from .sse import JSONServerSentEvent, ServerSentEvent, SSEResponse, StreamInfo
     from .token import CancelToken, Token, get_cancel_token
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Broker",
+    "BrokerUnavailable",
     "CancelError",
     "CancelPolicy",
     "CancelToken",
@@ -26,6 +29,7 @@ __all__ = [
     "CancellableStreamingResponse",
     "Cause",
     "ClientGone",
+    "Gap",
     "InvalidEvent",
     "JSONServerSentEvent",
     "LastEventID",
@@ -37,6 +41,7 @@ __all__ = [
     "StreamInfo",
     "Token",
     "cancel_policy",
+    "connect",
     "drain",
     "get_cancel_token",
     "get_last_event_id",
@@ -46,6 +51,8 @@ __all__ = [
 ]
 
 _WHERE = {
+    "Broker": "broker",
+    "BrokerUnavailable": "broker",
     "CancelError": "exceptions",
     "CancelPolicy": "policy",
     "CancelToken": "token",
@@ -54,17 +61,19 @@ _WHERE = {
     "CancellableStreamingResponse": "responses",
     "Cause": "policy",
     "ClientGone": "exceptions",
+    "Gap": "broker",
     "InvalidEvent": "exceptions",
-    "JSONServerSentEvent": "events",
+    "JSONServerSentEvent": "sse",
     "LastEventID": "events",
     "NotCancellable": "exceptions",
     "RSGI": "rsgi",
     "RequestCancelled": "exceptions",
     "SSEResponse": "sse",
-    "ServerSentEvent": "events",
+    "ServerSentEvent": "sse",
     "StreamInfo": "sse",
     "Token": "token",
     "cancel_policy": "policy",
+    "connect": "broker",
     "drain": "shutdown",
     "get_cancel_token": "token",
     "get_last_event_id": "events",

@@ -10,6 +10,7 @@ from types import EllipsisType
 from typing import Any
 
 import anyio
+from sse_starlette.event import JSONServerSentEvent, ServerSentEvent
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette._utils import is_async_callable
 from starlette.background import BackgroundTask
@@ -27,7 +28,7 @@ from .policy import CancelPolicy, check_seconds
 from .protect import channel_of, ladder_for
 from .responses import CancellableStreamingResponse, _as_async
 
-__all__ = ["SSEResponse", "StreamInfo"]
+__all__ = ["JSONServerSentEvent", "SSEResponse", "ServerSentEvent", "StreamInfo"]
 
 logger = logging.getLogger("fastapi_cancel")
 
