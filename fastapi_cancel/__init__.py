@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
     from .listening import limit_silence, listening_socket
     from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
+    from .remote import Run, Stoppable, header
     from .responses import CancellableFileResponse, CancellableStreamingResponse
     from .routing import CancellableRoute
     from .rsgi import RSGI
@@ -36,8 +37,10 @@ __all__ = [
     "NotCancellable",
     "RSGI",
     "RequestCancelled",
+    "Run",
     "SSEResponse",
     "ServerSentEvent",
+    "Stoppable",
     "StreamInfo",
     "Token",
     "cancel_policy",
@@ -45,6 +48,7 @@ __all__ = [
     "drain",
     "get_cancel_token",
     "get_last_event_id",
+    "header",
     "limit_silence",
     "listening_socket",
     "never_cancel",
@@ -68,8 +72,10 @@ _WHERE = {
     "NotCancellable": "exceptions",
     "RSGI": "rsgi",
     "RequestCancelled": "exceptions",
+    "Run": "remote",
     "SSEResponse": "sse",
     "ServerSentEvent": "sse",
+    "Stoppable": "remote",
     "StreamInfo": "sse",
     "Token": "token",
     "cancel_policy": "policy",
@@ -77,6 +83,7 @@ _WHERE = {
     "drain": "shutdown",
     "get_cancel_token": "token",
     "get_last_event_id": "events",
+    "header": "remote",
     "limit_silence": "listening",
     "listening_socket": "listening",
     "never_cancel": "policy",

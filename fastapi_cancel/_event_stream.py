@@ -80,6 +80,7 @@ class StreamInfo:
     :ivar events: how many events were sent; heartbeats and the farewell do not count
     :ivar bytes: how many bytes were sent, heartbeats and farewell included
     :ivar last_id: the id of the last event sent that had one
+    :ivar reason: what whoever stopped it says about that
     """
 
     cause: Cause | None
@@ -87,6 +88,7 @@ class StreamInfo:
     events: int = 0
     bytes: int = 0
     last_id: str | None = None
+    reason: str = ""
 
 
 class Source(Protocol):
@@ -153,7 +155,10 @@ class EventStream:
     @property
     def info(self) -> StreamInfo:
         """What has been sent until now."""
-        return StreamInfo(self._ladder.cause, monotonic() - self._began, self._events, self._bytes, self._last_id)
+        ladder = self._ladder
+        return StreamInfo(
+            ladder.cause, monotonic() - self._began, self._events, self._bytes, self._last_id, ladder.reason
+        )
 
     async def run(self) -> None:
         """Send it all.

@@ -62,7 +62,7 @@ def encode(item: Any, sep: str = "\r\n") -> Encoded:
         raise InvalidEvent(f"cannot be sent as an event: {item!r}: {exc}") from exc
 
 
-def _choose(kind: type) -> Encoder:
+def _choose(kind: Any) -> Encoder:
     if issubclass(kind, (bytes, bytearray, memoryview)):
         return lambda item, sep: (bytes(item), None)
     if issubclass(kind, str):

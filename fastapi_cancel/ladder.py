@@ -83,6 +83,7 @@ class Ladder(ABC):
     :param policy: how it ends early
     :param scope: the ASGI scope of the request, to name it in the log
     :ivar cause: why the work ends early, once it does
+    :ivar reason: what whoever stopped it says about that
     :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
@@ -91,6 +92,7 @@ class Ladder(ABC):
 
     # Defaults live in the class: most requests never change most of them.
     cause: Cause | None = None
+    reason = ""
     left = False
     state = RUN
     waits = 0
@@ -108,6 +110,12 @@ class Ladder(ABC):
         self.scope = scope
 
     # -- causes ------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """Somebody has asked for its end."""
+        if self.cause is None and "stop" in self.policy.causes:
+            self.reason = reason
+        self.signal("stop")
 
     def signal(self, cause: Cause, *, at_once: bool = False) -> bool:
         """Set the token. Only the first cause counts, and none once the response is complete.

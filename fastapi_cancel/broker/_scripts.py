@@ -5,11 +5,16 @@ entries have been trimmed, so the number goes on for as long as the key lives. R
 (``XADD key 5-*``); 6.2 cannot.
 """
 
-_LOG = """
+_NOW = """
 local function now()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
+"""
+
+_LOG = (
+    _NOW
+    + """
 
 local function last_id(key)
   local info = redis.pcall('XINFO', 'STREAM', key)
@@ -36,6 +41,7 @@ local function create(key)
   return id
 end
 """
+)
 
 PUBLISH = (
     _LOG
@@ -69,5 +75,88 @@ local id = last_id(KEYS[1]) or create(KEYS[1])
 forget_old(KEYS[1], tonumber(ARGV[3]))
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return {id, redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])}
+"""
+)
+
+# The runs of a key are a hash: "run:<id>" is {worker, until, reason}, "early:<id>" is {until, reason},
+# "ended" is when one has ended. Times are Redis' own, in milliseconds.
+
+_RUNS = (
+    _NOW
+    + """
+local key, time = KEYS[1], now()
+
+local function get(field)
+  local value = redis.call('HGET', key, field)
+  return value and cjson.decode(value)
+end
+
+local function keep(milliseconds)
+  if redis.call('PTTL', key) < milliseconds then redis.call('PEXPIRE', key, milliseconds) end
+end
+"""
+)
+
+ENTER = (
+    _RUNS
+    + """
+-- the runs; the run, its worker, milliseconds until it has to enter again. The reason if it is to stop.
+local run = get('run:' .. ARGV[1])
+local reason = run and run.reason
+if not run then
+  for _, name in ipairs({ARGV[1], ''}) do
+    local early = get('early:' .. name)
+    if early then
+      redis.call('HDEL', key, 'early:' .. name)
+      if early['until'] > time then reason = early.reason break end
+    end
+  end
+end
+local entry = {worker = ARGV[2], ['until'] = time + ARGV[3], reason = reason or nil}
+redis.call('HSET', key, 'run:' .. ARGV[1], cjson.encode(entry))
+keep(tonumber(ARGV[3]))
+return reason
+"""
+)
+
+LEAVE = (
+    _RUNS
+    + """
+-- the runs; the run, milliseconds to remember that it has ended
+redis.call('HDEL', key, 'run:' .. ARGV[1])
+redis.call('HSET', key, 'ended', string.format('%.0f', time))
+keep(tonumber(ARGV[2]))
+"""
+)
+
+STOP = (
+    _RUNS
+    + """
+-- the runs; the run or '', the reason, milliseconds to wait for a run, what its worker listens to, the key's name
+local fields, count, told = redis.call('HGETALL', key), 0, {}
+for i = 1, #fields, 2 do
+  local run = string.match(fields[i], '^run:(.*)$')
+  if run then
+    local entry = cjson.decode(fields[i + 1])
+    if entry['until'] <= time then
+      redis.call('HDEL', key, fields[i])
+    elseif ARGV[1] == '' or ARGV[1] == run then
+      entry.reason = ARGV[2]
+      redis.call('HSET', key, fields[i], cjson.encode(entry))
+      count = count + 1
+      told[entry.worker] = told[entry.worker] or {}
+      table.insert(told[entry.worker], run)
+    end
+  end
+end
+for worker, runs in pairs(told) do
+  redis.call('PUBLISH', ARGV[4] .. worker, cjson.encode({key = ARGV[5], runs = runs, reason = ARGV[2]}))
+end
+local ended = tonumber(redis.call('HGET', key, 'ended') or 0)
+if count == 0 and (ARGV[1] ~= '' or ended + ARGV[3] <= time) then
+  redis.call('HSET', key, 'early:' .. ARGV[1], cjson.encode({['until'] = time + ARGV[3], reason = ARGV[2]}))
+  keep(tonumber(ARGV[3]))
+end
+return count
 """
 )

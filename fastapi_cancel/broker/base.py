@@ -12,6 +12,7 @@ from ..events import encode
 from ..exceptions import CancelError, InvalidEvent
 from ..policy import check_seconds
 from .log import SEP, Event, Here, Place, Slow, Subscription
+from .runs import EARLY_AT_MOST, Runs
 
 CLOSED = "the broker has been closed"
 
@@ -49,6 +50,11 @@ class Broker(ABC):
         self.retain = retain
         self.max_age = max_age
 
+    @property
+    @abstractmethod
+    def runs(self) -> Runs:
+        """What runs under which key."""
+
     async def publish(self, channel: str, item: Any) -> str:
         """Send an event to everybody who listens to ``channel``, and keep it for those who come back.
 
@@ -57,7 +63,7 @@ class Broker(ABC):
         :raises InvalidEvent: it cannot be sent, or has an id
         :raises BrokerUnavailable: the store does not answer; the event may have been published or not
         """
-        check_channel(channel)
+        check_name("channel", channel)
         wire, id = encode(item, SEP)
         if id is not None:
             raise InvalidEvent(f"an event that is published gets its id from the broker, not {id!r}")
@@ -78,7 +84,7 @@ class Broker(ABC):
             ``lag`` events; ``"end"``: it raises :class:`Stalled`
         :raises BrokerUnavailable: the store has been away for too long
         """
-        check_channel(channel)
+        check_name("channel", channel)
         if lag is not None:
             check_count("lag", lag)
         if slow not in get_args(Slow):
@@ -98,6 +104,26 @@ class Broker(ABC):
                 yield Here(place)
             async for event in events:
                 yield event
+
+    async def stop(self, key: str, *, run: str | None = None, reason: str = "", early: float = 5.0) -> int:
+        """End what runs under ``key``, in whatever process, with the cause ``stop``; see :mod:`~fastapi_cancel.remote`.
+
+        :param run: only the run with this id
+        :param reason: for the token, the farewell and the answer
+        :param early: seconds that the stop waits for a run if it has reached none, unless one has just ended;
+            60 at the most
+        :return: how many it has reached
+        :raises BrokerUnavailable: the store does not answer
+        """
+        check_name("key", key)
+        if run is not None:
+            check_name("run", run)
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be a str, not {reason!r}")
+        check_seconds("early", early, zero=True)
+        if early > EARLY_AT_MOST:
+            raise ValueError(f"early must be {EARLY_AT_MOST:g} seconds at the most, not {early!r}")
+        return await self.runs.stop(key, run, reason, early)
 
     @abstractmethod
     async def _publish(self, channel: str, wire: bytes) -> Place: ...
@@ -128,10 +154,12 @@ class Broker(ABC):
         """Let everything go. Harmless to call again."""
 
 
-def check_channel(channel: object) -> None:
-    """Refuse what is no name."""
-    if not isinstance(channel, str) or not channel:
-        raise TypeError(f"channel must be a str that is not empty, not {channel!r}")
+def check_name(name: str, value: object) -> None:
+    """Refuse what is no name, naming the argument."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str that is not empty, not {value!r}")
+    if not value:
+        raise ValueError(f"{name} must be a str that is not empty")
 
 
 def check_count(name: str, value: object) -> None:

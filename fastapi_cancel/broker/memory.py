@@ -9,6 +9,7 @@ from time import monotonic, time_ns
 
 from .base import CLOSED, Broker, BrokerUnavailable
 from .log import Event, Log, Place, Slow, Subscription
+from .runs import MemoryRuns, Runs
 
 SWEEP = 100  # published events between two looks for channels that are to be forgotten
 
@@ -18,10 +19,15 @@ class MemoryBroker(Broker):
 
     def __init__(self, *, retain: int = 1000, max_age: float = 3600.0) -> None:
         super().__init__(retain=retain, max_age=max_age)
+        self._runs = MemoryRuns()
         self._logs: dict[str, Log] = {}
         self._readers: dict[str, int] = {}
         self._epochs = count(time_ns() // 1_000_000)  # no two lives of a channel have the same
         self._published = 0
+
+    @property
+    def runs(self) -> Runs:
+        return self._runs
 
     async def _publish(self, channel: str, wire: bytes) -> Place:
         self._published += 1

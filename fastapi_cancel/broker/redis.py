@@ -26,9 +26,11 @@ import anyio
 
 from ..policy import check_seconds
 from ._link import Link
+from ._redis_runs import RedisRuns
 from ._scripts import LOOK, PUBLISH, READ
 from .base import CLOSED, Broker, BrokerUnavailable, check_count
 from .log import Event, Log, Numbered, Place, Slow, Subscription
+from .runs import Runs
 
 PAGE = 100  # events that are read from Redis at once
 WINDOW = 100  # events of a channel that are kept in memory as well
@@ -120,6 +122,7 @@ class RedisBroker(Broker):
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {prefix!r}")
         self._link = Link(url, connections, self._joined, self._changed)
+        self._runs = RedisRuns(self._link, prefix)
         self._prefix = prefix
         self._patience = patience
         self.milliseconds = int(max_age * 1000)
@@ -132,6 +135,7 @@ class RedisBroker(Broker):
 
     async def open(self) -> None:
         await self._link.open()
+        await self._runs.open()
         self._looker = asyncio.get_running_loop().create_task(self._look(), name="fastapi_cancel Redis looker")
 
     async def aclose(self) -> None:
@@ -139,9 +143,14 @@ class RedisBroker(Broker):
             self._looker.cancel()
             await asyncio.wait([self._looker])
             self._looker = None
+        await self._runs.aclose()
         self._changed(None)
         self._fail(BrokerUnavailable(CLOSED))
         await self._link.aclose()
+
+    @property
+    def runs(self) -> Runs:
+        return self._runs
 
     # -- publishing --------------------------------------------------------------------------
 
@@ -193,6 +202,9 @@ class RedisBroker(Broker):
     # -- looking -----------------------------------------------------------------------------
 
     def _joined(self, topic: str) -> None:
+        if topic == self._runs.topic:
+            self._runs.enter_again()
+            return
         self._to_look.add(topic.removeprefix(self._topic("")))
         self._work.set()
 
