@@ -33,11 +33,21 @@ local function forget_old(key, max_age)
   end
 end
 
-local function create(key)
-  local id = string.format('%.0f-0', now())
+local function create(key, epoch)
+  local id = string.format('%.0f-0', epoch)
   redis.call('XGROUP', 'CREATE', key, 'none', '$', 'MKSTREAM')
   redis.call('XGROUP', 'DESTROY', key, 'none')
   redis.call('XSETID', key, id)
+  return id
+end
+
+local function append(key, last, wire, retain, max_age, channel)
+  local epoch, number = string.match(last, '(%d+)-(%d+)')
+  local id = string.format('%s-%.0f', epoch, number + 1)
+  redis.call('XADD', key, 'MAXLEN', retain, id, 'at', string.format('%.0f', now()), 'event', wire)
+  forget_old(key, tonumber(max_age))
+  redis.call('PEXPIRE', key, max_age)
+  redis.call('PUBLISH', channel, id .. ' ' .. wire)
   return id
 end
 """
@@ -47,13 +57,7 @@ PUBLISH = (
     _LOG
     + """
 -- the log; the wire format, how many to keep, milliseconds to keep one, the channel
-local epoch, number = string.match(last_id(KEYS[1]) or create(KEYS[1]), '(%d+)-(%d+)')
-local id = string.format('%s-%.0f', epoch, number + 1)
-redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[2], id, 'at', string.format('%.0f', now()), 'event', ARGV[1])
-forget_old(KEYS[1], tonumber(ARGV[3]))
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('PUBLISH', ARGV[4], id .. ' ' .. ARGV[1])
-return id
+return append(KEYS[1], last_id(KEYS[1]) or create(KEYS[1], now()), ARGV[1], ARGV[2], ARGV[3], ARGV[4])
 """
 )
 
@@ -61,7 +65,7 @@ LOOK = (
     _LOG
     + """
 -- the log; milliseconds to keep it. Its newest id; it is kept for as long as somebody looks.
-local id = last_id(KEYS[1]) or create(KEYS[1])
+local id = last_id(KEYS[1]) or create(KEYS[1], now())
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return id
 """
@@ -71,7 +75,7 @@ READ = (
     _LOG
     + """
 -- the log; the id to begin behind, how many to read, milliseconds to keep one
-local id = last_id(KEYS[1]) or create(KEYS[1])
+local id = last_id(KEYS[1]) or create(KEYS[1], now())
 forget_old(KEYS[1], tonumber(ARGV[3]))
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return {id, redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])}
@@ -158,5 +162,139 @@ if count == 0 and (ARGV[1] ~= '' or ended + ARGV[3] <= time) then
   keep(tonumber(ARGV[3]))
 end
 return count
+"""
+)
+
+# The stream of a key is a hash: its run, the epoch of its log, its state, when its producer has to be heard of again,
+# "last" is the number of its last event, "idle" since when nobody reads it, "reader:<id>" is {until, at}.
+
+_STREAM = (
+    _LOG
+    + """
+local stream, log, time = KEYS[1], KEYS[2], now()
+
+local function get(field)
+  return redis.call('HGET', stream, field) or nil
+end
+
+local function is_live()
+  return get('state') == 'live' and tonumber(get('until')) > time
+end
+
+local function readers()
+  local fields, count, at = redis.call('HGETALL', stream), 0, 0
+  for i = 1, #fields, 2 do
+    if string.sub(fields[i], 1, 7) == 'reader:' then
+      local reader = cjson.decode(fields[i + 1])
+      if reader['until'] <= time then
+        redis.call('HDEL', stream, fields[i])
+      else
+        count, at = count + 1, math.max(at, reader.at)
+      end
+    end
+  end
+  if count == 0 then redis.call('HSETNX', stream, 'idle', string.format('%.0f', time)) end
+  return count, at
+end
+
+local function tell(topic, at)
+  redis.call('PUBLISH', topic .. get('worker'), cjson.encode({run = get('run'), at = at}))
+end
+"""
+)
+
+CLAIM = (
+    _STREAM
+    + """
+-- the stream, its log; the run, its worker, milliseconds until it has to be heard of, whether to replace a live one,
+-- milliseconds to keep it
+local before, epoch = get('run'), tonumber(get('epoch') or 0)
+local live = is_live()
+if live and ARGV[4] == '0' then return {before, tostring(get('epoch')), false} end
+epoch = string.format('%.0f', math.max(time, epoch + 1))
+redis.call('DEL', stream, log)
+create(log, tonumber(epoch))
+redis.call('HSET', stream, 'run', ARGV[1], 'epoch', epoch, 'state', 'live', 'worker', ARGV[2],
+  'until', string.format('%.0f', time + ARGV[3]), 'idle', string.format('%.0f', time))
+redis.call('PEXPIRE', stream, ARGV[5])
+redis.call('PEXPIRE', log, ARGV[5])
+return {ARGV[1], epoch, live and before}
+"""
+)
+
+PRODUCE = (
+    _STREAM
+    + """
+-- the stream, its log; the run, the event's number, its wire format, how many to keep, milliseconds to keep one,
+-- the channel. Whether it is there now, which it may have been before.
+if get('run') ~= ARGV[1] then return 0 end
+local last = last_id(log)
+if not last then return 0 end
+local number = tonumber(string.match(last, '-(%d+)'))
+if number == ARGV[2] - 1 then
+  append(log, last, ARGV[3], ARGV[4], ARGV[5], ARGV[6])
+  redis.call('PEXPIRE', stream, ARGV[5])
+elseif number < ARGV[2] - 1 then
+  return 0
+end
+return 1
+"""
+)
+
+RENEW = (
+    _STREAM
+    + """
+-- the stream, its log; the run, milliseconds until it has to be heard of, milliseconds to keep it.
+-- For how long nobody has read it, or -1; how far the quickest reader is.
+if get('run') ~= ARGV[1] then return false end
+redis.call('HSET', stream, 'until', string.format('%.0f', time + ARGV[2]))
+redis.call('PEXPIRE', stream, ARGV[3])
+local count, at = readers()
+return {count == 0 and time - tonumber(get('idle')) or -1, at}
+"""
+)
+
+FINISH = (
+    _STREAM
+    + """
+-- the stream, its log; the run, how it has ended, the number of its last event, milliseconds to keep it
+if get('run') ~= ARGV[1] then return end
+redis.call('HSET', stream, 'state', ARGV[2], 'last', ARGV[3])
+redis.call('PEXPIRE', stream, ARGV[4])
+redis.call('PEXPIRE', log, ARGV[4])
+"""
+)
+
+FIND = (
+    _STREAM
+    + """
+-- the stream, its log
+local state = get('state')
+if not state then return false end
+return {get('run'), get('epoch'), state, get('last') or '0', (state ~= 'live' or is_live()) and 1 or 0}
+"""
+)
+
+ATTEND = (
+    _STREAM
+    + """
+-- the stream, its log; the run, the reader, the number it has read, milliseconds until it is to be heard of again,
+-- what the producer's worker listens to
+if get('run') ~= ARGV[1] then return false end
+local reader = cjson.encode({['until'] = time + ARGV[4], at = tonumber(ARGV[3])})
+redis.call('HSET', stream, 'reader:' .. ARGV[2], reader)
+redis.call('HDEL', stream, 'idle')
+if get('state') == 'live' then tell(ARGV[5], tonumber(ARGV[3])) end
+return (get('state') ~= 'live' or is_live()) and 1 or 0
+"""
+)
+
+DEPART = (
+    _STREAM
+    + """
+-- the stream, its log; the run, the reader, what the producer's worker listens to
+if get('run') ~= ARGV[1] then return end
+redis.call('HDEL', stream, 'reader:' .. ARGV[2])
+if readers() == 0 and get('state') == 'live' then tell(ARGV[3], -1) end
 """
 )

@@ -13,6 +13,7 @@ from ..exceptions import CancelError, InvalidEvent
 from ..policy import check_seconds
 from .log import SEP, Event, Here, Place, Slow, Subscription
 from .runs import EARLY_AT_MOST, Runs
+from .streams import Streams
 
 CLOSED = "the broker has been closed"
 
@@ -41,19 +42,19 @@ class Broker(ABC):
     :param retain: how many events of a channel are kept for those who come back
     :param max_age: seconds that an event is kept; a channel in which nothing happens is forgotten after that
     :raises TypeError: an argument is of the wrong type; the message names it
+    :ivar runs: what runs under which key
+    :ivar streams: which streams outlive a connection
     :raises ValueError: an argument is out of range; the message names it
     """
+
+    runs: Runs
+    streams: Streams
 
     def __init__(self, *, retain: int = 1000, max_age: float = 3600.0) -> None:
         check_count("retain", retain)
         check_seconds("max_age", max_age)
         self.retain = retain
         self.max_age = max_age
-
-    @property
-    @abstractmethod
-    def runs(self) -> Runs:
-        """What runs under which key."""
 
     async def publish(self, channel: str, item: Any) -> str:
         """Send an event to everybody who listens to ``channel``, and keep it for those who come back.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import count
 from time import monotonic, time_ns
 
 from .base import CLOSED, Broker, BrokerUnavailable
 from .log import Event, Log, Place, Slow, Subscription
-from .runs import MemoryRuns, Runs
+from .runs import MemoryRuns
+from .streams import MemoryStreams
 
 SWEEP = 100  # published events between two looks for channels that are to be forgotten
 
@@ -19,15 +19,12 @@ class MemoryBroker(Broker):
 
     def __init__(self, *, retain: int = 1000, max_age: float = 3600.0) -> None:
         super().__init__(retain=retain, max_age=max_age)
-        self._runs = MemoryRuns()
+        self.runs = MemoryRuns()
+        self.streams = MemoryStreams(self._log, self._begin_anew)
         self._logs: dict[str, Log] = {}
         self._readers: dict[str, int] = {}
-        self._epochs = count(time_ns() // 1_000_000)  # no two lives of a channel have the same
+        self._epoch = 0
         self._published = 0
-
-    @property
-    def runs(self) -> Runs:
-        return self._runs
 
     async def _publish(self, channel: str, wire: bytes) -> Place:
         self._published += 1
@@ -54,10 +51,19 @@ class MemoryBroker(Broker):
 
     def _log(self, channel: str) -> Log:
         if (log := self._logs.get(channel)) is None:
-            log = self._logs[channel] = Log(Place(next(self._epochs), 0), self.retain, self.max_age)
+            log = self._logs[channel] = Log(self._new_place(), self.retain, self.max_age)
         log.touched = monotonic()
         log.forget_old()
         return log
+
+    def _begin_anew(self, channel: str) -> Log:
+        log = self._log(channel)
+        log.move_to(self._new_place())
+        return log
+
+    def _new_place(self) -> Place:
+        self._epoch = max(self._epoch + 1, time_ns() // 1_000_000)  # no two lives of a channel have the same
+        return Place(self._epoch, 0)
 
     def _sweep(self) -> None:
         """Forget channels that nobody has used for ``max_age``."""

@@ -27,10 +27,10 @@ import anyio
 from ..policy import check_seconds
 from ._link import Link
 from ._redis_runs import RedisRuns
+from ._redis_streams import RedisStreams
 from ._scripts import LOOK, PUBLISH, READ
 from .base import CLOSED, Broker, BrokerUnavailable, check_count
 from .log import Event, Log, Numbered, Place, Slow, Subscription
-from .runs import Runs
 
 PAGE = 100  # events that are read from Redis at once
 WINDOW = 100  # events of a channel that are kept in memory as well
@@ -122,7 +122,8 @@ class RedisBroker(Broker):
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {prefix!r}")
         self._link = Link(url, connections, self._joined, self._changed)
-        self._runs = RedisRuns(self._link, prefix)
+        self.runs: RedisRuns = RedisRuns(self._link, prefix)
+        self.streams: RedisStreams = RedisStreams(self._link, prefix, retain, max_age)
         self._prefix = prefix
         self._patience = patience
         self.milliseconds = int(max_age * 1000)
@@ -135,7 +136,8 @@ class RedisBroker(Broker):
 
     async def open(self) -> None:
         await self._link.open()
-        await self._runs.open()
+        await self.runs.open()
+        await self.streams.open()
         self._looker = asyncio.get_running_loop().create_task(self._look(), name="fastapi_cancel Redis looker")
 
     async def aclose(self) -> None:
@@ -143,14 +145,10 @@ class RedisBroker(Broker):
             self._looker.cancel()
             await asyncio.wait([self._looker])
             self._looker = None
-        await self._runs.aclose()
+        await self.runs.aclose()
         self._changed(None)
         self._fail(BrokerUnavailable(CLOSED))
         await self._link.aclose()
-
-    @property
-    def runs(self) -> Runs:
-        return self._runs
 
     # -- publishing --------------------------------------------------------------------------
 
@@ -202,11 +200,11 @@ class RedisBroker(Broker):
     # -- looking -----------------------------------------------------------------------------
 
     def _joined(self, topic: str) -> None:
-        if topic == self._runs.topic:
-            self._runs.enter_again()
-            return
-        self._to_look.add(topic.removeprefix(self._topic("")))
-        self._work.set()
+        if topic == self.runs.topic:
+            self.runs.enter_again()
+        elif topic.startswith(self._topic("")):
+            self._to_look.add(topic.removeprefix(self._topic("")))
+            self._work.set()
 
     async def _look(self) -> None:
         """Look at what has been joined, and now and then at all channels: what is listened to is not forgotten."""
