@@ -109,7 +109,7 @@ def test_without_a_probe(server: str, write: Write) -> None:
 @pytest.mark.parametrize("server", WITH_WORKERS)
 def test_all_workers_serve_and_end_with_their_master(server: str, write: Write) -> None:
     with LiveServer(f"{write()}:app", server, workers=2) as live:
-        assert live.log.count(SERVERS[server].up) >= 2
+        assert SERVERS[server].workers_up(live.log) == 2
         workers = {live.json("/state")["pid"] for _ in range(20)}
         assert live.pid not in workers
         live.stop(signal.SIGKILL)  # which leaves them no time to end theirs
@@ -312,6 +312,13 @@ def test_what_a_server_says_while_all_is_well(server: str) -> None:
         assert find_server(server).is_fine(line), line
     for line in NOT_WELL:
         assert not find_server(server).is_fine(line), line
+
+
+def test_a_worker_counts_once() -> None:
+    """Over RSGI each says twice that it has started."""
+    log = "[INFO] Started worker-1\n[INFO] Started worker-1 runtime-1\n[INFO] Started worker-2"
+    assert find_server("granian-rsgi").workers_up(log) == 1
+    assert find_server("granian-rsgi").workers_up(log + "\n") == 2
 
 
 def test_a_worker_that_died_is_a_complaint() -> None:
