@@ -20,6 +20,7 @@ import anyio
 import pytest
 
 from fastapi_cancel.rsgi import RSGI
+from fastapi_cancel.testing import LeavingClient
 from fastapi_cancel.testing import live as live_module
 from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
@@ -28,7 +29,6 @@ from fastapi_cancel.testing.recorder import Recorder, read_visits
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
-from .asgi import Connection
 from .conftest import DEADLINE, ROOT
 
 APPLICATION = """
@@ -513,9 +513,8 @@ async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
     probe = Probe(Recorder(echo, visits), "token")
     answers = {READY: b"token", "/root" + READY: b"token", RUNNING: b"{}", "/other": b"/other"}
     for path, body in answers.items():
-        connection = Connection(path)
-        await connection.run(probe)
-        assert (connection.status, connection.body) == (200, body)
+        visit = await LeavingClient(probe).get(path)
+        assert (visit.status, visit.body) == (200, body)
     with anyio.fail_after(DEADLINE):
         while [visit.ended is not None for visit in read_visits(visits)] != [True]:  # of the one that was passed on
             await anyio.sleep(0.01)
