@@ -180,7 +180,7 @@ class LiveServer:
         return False
 
     def _all_workers_serve(self) -> bool:
-        return self._workers == 1 or self._text().count(self._server.up) >= self._workers
+        return self._workers == 1 or self._server.workers_up(self._text()) >= self._workers
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
