@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import anyio
 from pydantic_core import to_json
 
-from ..exceptions import CancelError
+from ..exceptions import Stalled
 
 SEP = "\r\n"
 _ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
@@ -109,10 +109,6 @@ class Here(Event):
         super().__init__(str(place), SEP.encode())
 
 
-class Stalled(CancelError):
-    """A subscriber reads too slowly: more events than it may have wait for it."""
-
-
 Numbered: TypeAlias = tuple[int, Event]
 Slow: TypeAlias = Literal["skip", "end"]
 
@@ -166,7 +162,7 @@ class Log:
         self._events.append((monotonic(), event))
         if len(self._events) > self._size:
             self._events.popleft()
-        self._wake()
+        self.wake()
 
     def move_to(self, place: Place) -> None:
         """The store says that its newest event is this one."""
@@ -178,12 +174,12 @@ class Log:
             self.last = place.number
         else:
             return
-        self._wake()
+        self.wake()
 
     def fail(self, failure: Exception | None) -> None:
         """Have the readers that wait raise it; ``None``: all is well again."""
         self.failure = failure
-        self._wake()
+        self.wake()
 
     def get(self, number: int) -> Event | None:
         """The event of this number, if it is in memory."""
@@ -209,7 +205,8 @@ class Log:
             self._more = anyio.Event()
         await self._more.wait()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the readers that wait look again."""
         if self._more is not None:
             self._more.set()
             self._more = None
@@ -233,11 +230,17 @@ class Subscription(AsyncIterator[Event]):
         self._epoch, self._number = after or Place(-1, 0)
         self._read: deque[Numbered] = deque()
         self._live = False
+        self._failure: Exception | None = None
 
     @property
     def position(self) -> str:
         """The id of the last event that was read here: what to come back with."""
         return str(Place(self._epoch, self._number))
+
+    def end(self, failure: Exception) -> None:
+        """Have it raise ``failure`` once it has read all there is."""
+        self._failure = failure
+        self._log.wake()
 
     def __aiter__(self) -> Subscription:
         return self
@@ -263,8 +266,8 @@ class Subscription(AsyncIterator[Event]):
                     return self._skip_to(log.last)
             else:
                 self._live = True
-                if log.failure is not None:
-                    raise log.failure
+                if (failure := self._failure or log.failure) is not None:
+                    raise failure
                 await log.wait()
 
     def _next(self) -> Event | None:

@@ -1,0 +1,28 @@
+"""One lifespan that opens and closes everything."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any
+
+
+def lifespan(
+    *parts: AbstractAsyncContextManager[Any], around: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None
+) -> Callable[[Any], AbstractAsyncContextManager[Any]]:
+    """A lifespan that opens ``parts`` in their order, and closes them in the opposite one. ::
+
+        app = FastAPI(lifespan=lifespan(broker, streams, around=my_lifespan))
+
+    :param parts: brokers, resumable streams, and whatever else is opened by ``async with``
+    :param around: your own lifespan; it runs while the parts are open
+    """
+
+    @asynccontextmanager
+    async def opened(app: Any) -> AsyncIterator[Any]:
+        async with AsyncExitStack() as stack:
+            for part in parts:
+                await stack.enter_async_context(part)
+            yield await stack.enter_async_context(around(app)) if around is not None else None
+
+    return opened
