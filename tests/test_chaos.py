@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -58,6 +59,8 @@ FAULTS = {
 """Of each endpoint: how the fault is told, a line that it names, and one at which the client had left."""
 
 ORDERS = ["first", "second"]
+EAGER = sys.version_info >= (3, 12)
+"""The watcher of a request begins to read at once: the first wait is later than before."""
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ async def test_a_planted_fault_is_found(shop: Shop, method: str, path: str, opti
     assert left_at in left
     number = re.search(r"^<Visit .*>, whose client left at wait (\d+), at\n", left)
     assert number is not None
-    assert int(number[1]) > 1  # nothing so obvious that the first wait shows it
+    assert int(number[1]) > (0 if EAGER else 1)  # nothing so obvious that the first wait shows it
 
 
 @on_asyncio
