@@ -33,18 +33,33 @@ local function forget_old(key, max_age)
   end
 end
 
+-- A life of the server. A log remembers it, as the name of the stream's one consumer group.
+local function server()
+  return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+end
+
 local function create(key, epoch)
   local id = string.format('%.0f-0', epoch)
-  redis.call('XGROUP', 'CREATE', key, 'none', '$', 'MKSTREAM')
-  redis.call('XGROUP', 'DESTROY', key, 'none')
+  redis.call('XGROUP', 'CREATE', key, server(), '$', 'MKSTREAM')
   redis.call('XSETID', key, id)
   return id
 end
 
-local function append(key, last, wire, retain, max_age, channel)
+-- The server has begun anew, or another one has taken over: what it does not have, it cannot know. Where the log is,
+-- and where it was.
+local function next_epoch(key, last)
+  local run, known = server(), redis.call('XINFO', 'GROUPS', key)
+  if known[1] and known[1][2] == run then return last end
+  redis.call('XGROUP', 'CREATE', key, run, '$')
+  if known[1] then redis.call('XGROUP', 'DESTROY', key, known[1][2]) end
+  return string.format('%.0f-0', math.max(now(), tonumber(string.match(last, '%d+')) + 1)), last
+end
+
+local function append(key, last, wire, retain, max_age, channel, after)
   local epoch, number = string.match(last, '(%d+)-(%d+)')
   local id = string.format('%s-%.0f', epoch, number + 1)
-  redis.call('XADD', key, 'MAXLEN', retain, id, 'at', string.format('%.0f', now()), 'event', wire)
+  local link = after and {'after', after} or {}
+  redis.call('XADD', key, 'MAXLEN', retain, id, 'at', string.format('%.0f', now()), 'event', wire, unpack(link))
   forget_old(key, tonumber(max_age))
   redis.call('PEXPIRE', key, max_age)
   redis.call('PUBLISH', channel, id .. ' ' .. wire)
@@ -57,7 +72,8 @@ PUBLISH = (
     _LOG
     + """
 -- the log; the wire format, how many to keep, milliseconds to keep one, the channel
-return append(KEYS[1], last_id(KEYS[1]) or create(KEYS[1], now()), ARGV[1], ARGV[2], ARGV[3], ARGV[4])
+local last, after = next_epoch(KEYS[1], last_id(KEYS[1]) or create(KEYS[1], now()))
+return append(KEYS[1], last, ARGV[1], ARGV[2], ARGV[3], ARGV[4], after)
 """
 )
 

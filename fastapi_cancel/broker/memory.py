@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic, time_ns
 
-from .base import CLOSED, Broker, BrokerUnavailable
+from .base import CLOSED, Broker
 from .log import Event, Log, Place, Slow, Subscription
 from .runs import MemoryRuns
 from .streams import MemoryStreams
@@ -76,5 +76,5 @@ class MemoryBroker(Broker):
 
     async def aclose(self) -> None:
         for log in self._logs.values():
-            log.fail(BrokerUnavailable(CLOSED))
+            log.fail(CLOSED)
         self._logs.clear()
