@@ -170,7 +170,7 @@ class Resumable:
                     await next(iter(self._producers)).ended.wait()
         finally:
             group.cancel_scope.cancel()
-            await group.__aexit__(kind, exc, traceback)
+            await group.__aexit__(None, None, None)  # which would wrap what goes through
 
     async def start(self, key: str, response: SSEResponse, after: str | None = None) -> Response:
         """Start a stream under ``key``, or go on with the one that is there.
@@ -199,6 +199,7 @@ class Resumable:
 
     async def _begin(self, producer: _Producer, group: TaskGroup) -> Found:
         key, run = producer.key, producer.run
+        found: Found | None = None
         with anyio.CancelScope(shield=True):  # who claims it must begin
             found, before = await self.broker.streams.claim(key, run, self.lease, self._live == "replace")
             if found.run == run:
@@ -208,6 +209,7 @@ class Resumable:
             if before is not None:
                 with suppress(BrokerUnavailable):  # then it will find out
                     await self.broker.runs.stop(key, before, "replaced", EARLY_AT_MOST)
+        assert found is not None
         if found.run != run and self._live == "refuse":
             raise AlreadyRunning(key)
         return found

@@ -17,19 +17,19 @@ NewBroker = Callable[..., Broker]
 _prefixes = (f"test {number}:" for number in count())
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=KINDS, name="kind")
+def a_kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
     return kind
 
 
-@pytest.fixture
-def anyio_backend(kind: str) -> str:
+@pytest.fixture(name="anyio_backend")
+def its_backend(kind: str) -> str:
     return "trio" if kind == "memory on Trio" else "asyncio"
 
 
-@pytest.fixture
-def new(kind: str, request: pytest.FixtureRequest) -> NewBroker:
+@pytest.fixture(name="new")
+def new_brokers(kind: str, request: pytest.FixtureRequest) -> NewBroker:
     """Makes workers' brokers. In memory they are one and the same; in Redis they know of each other, and of no other
     test's."""
     options: dict[str, Any] = {"retain": 100}

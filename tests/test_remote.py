@@ -29,7 +29,7 @@ from fastapi_cancel import (
 from fastapi_cancel.broker import runs
 from fastapi_cancel.testing import LeavingClient, Patience, Visit, when
 
-from .brokers import NewBroker, anyio_backend, kind, new  # noqa: F401 (fixtures)
+from .brokers import NewBroker, a_kind, its_backend, new_brokers  # noqa: F401 (fixtures)
 from .conftest import DEADLINE
 from .redis_server import a_redis_server  # noqa: F401 (a fixture)
 
@@ -389,12 +389,12 @@ async def test_ends_are_forgotten(new: NewBroker, monkeypatch: pytest.MonkeyPatc
 
 
 BAD: list[tuple[Callable[[Broker], Any], type[Exception], str]] = [
-    (lambda broker: Stoppable("redis://", "k"), TypeError, "broker must be a Broker, not 'redis://'"),  # type: ignore
+    (lambda broker: Stoppable("redis://", "k"), TypeError, "broker must be a Broker, not 'redis://'"),  # type: ignore[arg-type]
     (lambda broker: Stoppable(broker, ""), TypeError, "key must be a str that is not empty, or a function"),
-    (lambda broker: Stoppable(broker, 5), TypeError, "key must be a str"),  # type: ignore
-    (lambda broker: Stoppable(broker, "k", run=5), TypeError, "run must be a str"),  # type: ignore
-    (lambda broker: header(5), TypeError, "name must be a str, not 5"),  # type: ignore
-    (lambda broker: CancellableRoute.under("k"), TypeError, "stoppable must be a Stoppable, not 'k'"),  # type: ignore
+    (lambda broker: Stoppable(broker, 5), TypeError, "key must be a str"),  # type: ignore[arg-type]
+    (lambda broker: Stoppable(broker, "k", run=5), TypeError, "run must be a str"),  # type: ignore[arg-type]
+    (lambda broker: header(5), TypeError, "name must be a str, not 5"),  # type: ignore[arg-type]
+    (lambda broker: CancellableRoute.under("k"), TypeError, "stoppable must be a Stoppable, not 'k'"),  # type: ignore[arg-type]
     (
         lambda broker: under(Stoppable(broker, "jobs/{task}"), lambda: None),
         ValueError,

@@ -253,7 +253,7 @@ PRODUCE = (
 -- the channel. Whether it is there now, which it may have been before.
 if get('run') ~= ARGV[1] or get('state') ~= 'live' then return 0 end
 local last = last_id(log)
-local number = last and string.match(last, '^' .. get('epoch') .. '-(%d+)')
+local number = last and string.match(last, '^' .. get('epoch') .. '%-(%d+)')
 if not number then return 0 end
 number = tonumber(number)
 if number == ARGV[2] - 1 then

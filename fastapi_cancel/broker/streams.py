@@ -139,7 +139,8 @@ class MemoryStreams(Streams):
         return record.found if record is not None else None
 
     async def produce(self, key: str, run: str, number: int, wire: bytes) -> bool:
-        if (record := self._record(key, run)) is None:
+        record = self._record(key, run)
+        if record is None or record.found.state != LIVE:
             return False
         self._append(record, key, number, wire)
         return True
@@ -152,6 +153,8 @@ class MemoryStreams(Streams):
     async def finish(self, key: str, run: str, state: str, keep: float, *words: bytes) -> bool:
         if (record := self._record(key, run)) is None:
             return False
+        if record.found.state != LIVE:
+            return True
         last = self._log(self.channel(key)).last
         for wire in (*words, ending(state)):
             last += 1
