@@ -174,7 +174,7 @@ for worker, runs in pairs(told) do
   redis.call('PUBLISH', ARGV[4] .. worker, cjson.encode({runs = runs, reason = ARGV[2]}))
 end
 local ended = tonumber(redis.call('HGET', key, 'ended') or 0)
-if count == 0 and (ARGV[1] ~= '' or ended + ARGV[3] <= time) then
+if count == 0 and ARGV[3] ~= '0' and (ARGV[1] ~= '' or ended + ARGV[3] <= time) then
   redis.call('HSET', key, 'early:' .. ARGV[1], cjson.encode({['until'] = time + ARGV[3], reason = ARGV[2]}))
   keep(tonumber(ARGV[3]))
 end
