@@ -130,9 +130,7 @@ async def test_the_runs_of_a_dead_worker_run_out(server: RedisServer, monkeypatc
         await here.runs.enter(Running("k", "1", lambda reason: None))
         assert await there.stop("k", early=0) == 1
         await here.aclose()
-        print("closed")
         await eventually(lambda: there.stop("k", early=0), 0)
-        print("gone")
         with server.client() as outside:
             await until(lambda: not outside.keys("*runs:*"))
 

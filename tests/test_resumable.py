@@ -237,9 +237,15 @@ async def test_events_that_have_been_trimmed_away(new: NewBroker) -> None:
 async def test_a_head_begins_nothing_that_stays(new: NewBroker) -> None:
     work = Work()
     async with working(new, work, linger=0) as (here, _):
-        visit = await here.client.request("HEAD", "/start")
-        assert (visit.status, visit.body) == (200, b"")
-        await until(lambda: work.cleaned)
+        async with here.reading() as reading:
+            visit = await here.client.request("HEAD", "/start")
+            assert (visit.status, visit.body) == (200, b"")
+            work.allow(1)
+            await reading.has(1)
+        await until(lambda: work.ended)
+        work.made = 0
+        assert (await here.client.request("HEAD", "/start")).status == 200
+        await until(lambda: work.cleaned == 3)
 
 
 # -- the end of the work -------------------------------------------------------------------------

@@ -232,13 +232,14 @@ async def test_a_stop_while_an_append_is_under_way(server: RedisServer, monkeypa
         assert reading.data == ["1", "2", "3", "bye", ended("stop")]
 
 
-async def test_a_reader_that_departs_while_it_is_said_to_read(
+async def test_readers_that_depart_while_they_are_said_to_read(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(allowed=1)
     async with working(new(server), work, lease=0.3, linger=0) as (here, _):
-        async with here.reading() as reading:
+        async with here.reading() as reading, here.reading("/resume") as other:
             await reading.has(1)
+            await other.has(1)
             streams = here.streams.broker.streams
             real, asked, go = streams.attend, anyio.Event(), anyio.Event()
 
@@ -251,6 +252,11 @@ async def test_a_reader_that_departs_while_it_is_said_to_read(
             await asked.wait()
         go.set()
         await until(lambda: work.ended)
+
+
+async def test_news_of_a_run_that_has_ended(server: RedisServer) -> None:
+    async with connect(server.url) as broker:
+        broker.streams._hear(b'{"run": "unknown", "at": 5}')  # type: ignore[attr-defined]
 
 
 async def test_a_broker_that_is_closed_too_early(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import anyio
 
-from ._link import Link
+from ._link import Link, end
 from ._scripts import ENTER, LEAVE, STOP
 from .base import BrokerUnavailable
 from .runs import EARLY_AT_MOST, Running, Runs
@@ -43,8 +43,7 @@ class RedisRuns(Runs):
 
     async def aclose(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await end(self._task)
             self._task = None
 
     async def enter(self, this: Running) -> None:
