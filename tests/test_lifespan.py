@@ -98,3 +98,16 @@ def test_a_server_that_stops_waits_for_a_cleanup(server: str) -> None:
         assert live.stop() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent
         assert "[INFO] cleaned" in live.log
         assert "Traceback" not in live.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parts": ["redis://"]}, "parts must be opened by async with, unlike 'redis://'"),
+        ({"parts": [], "around": 5}, "around must be a lifespan, a function of the application, not 5"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        lifespan(*arguments.pop("parts"), **arguments)
+    assert str(caught.value) == message
