@@ -363,6 +363,7 @@ class _Producer:
         self._since = monotonic()
         self._number = self._read_to = 0
         self._ladder: Ladder | None = None
+        self._works = True
         self._progress = anyio.Event()
         self._departure = anyio.Event()
 
@@ -413,7 +414,11 @@ class _Producer:
                 await self._pump(ladder)
                 ladder.complete()
         finally:
-            await self.clean_up()
+            try:
+                await self.clean_up()
+            finally:
+                self._works = False
+                self._departure.set()
 
     async def _pump(self, ladder: Ladder) -> None:
         turned = monotonic()
@@ -431,6 +436,7 @@ class _Producer:
             if monotonic() - turned > MAX_BUSY:
                 await ladder.turn()
                 turned = monotonic()
+            self._check(ladder)  # redis-py can lose a cancellation, and there is but one
 
     def _check(self, ladder: Ladder) -> None:
         """Between two events: after the signal, and its grace, there are no more."""
@@ -491,7 +497,7 @@ class _Producer:
     async def _stay(self, ladder: Ladder) -> None:
         """Be heard of, and end the work when nobody has read it for ``linger``."""
         streams = self._streams
-        while True:
+        while self._works:  # the ladder cancels us when the work has ended; but redis-py can lose that
             wait = streams.lease / 3
             try:
                 seen = await self._records.renew(self.key, self.run, streams.lease)

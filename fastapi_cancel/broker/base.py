@@ -106,11 +106,14 @@ class Broker(ABC):
     async def stop(self, key: str, *, run: str | None = None, reason: str = "", early: float = 5.0) -> int:
         """End what runs under ``key``, in whatever process, with the cause ``stop``; see :mod:`~fastapi_cancel.remote`.
 
-        :param run: only the run with this id
+        It reaches what runs now, cleanups included, in the order in which Redis is told of starts and stops. A stop
+        that has reached none waits for the next run of the key, which does not begin and uses it up; the last of
+        several counts. Not so where a run of the key has ended within ``early``: it was meant for that one.
+
+        :param run: only the run with this id; a stop that has reached none waits for it, whatever has ended before
         :param reason: for the token, the farewell and the answer
-        :param early: seconds that the stop waits for a run if it has reached none, unless one has just ended;
-            60 at the most
-        :return: how many it has reached
+        :param early: seconds that the stop waits for a run if it has reached none; 0: not at all; 60 at the most
+        :return: how many it has reached, those included whose policy does not listen to stops
         :raises BrokerUnavailable: the store does not answer
         """
         check_name("key", key)
