@@ -260,6 +260,22 @@ def test_the_log_survives_the_server(write: Write) -> None:
     assert server.complaints() == ["one"]
 
 
+@pytest.mark.parametrize("connect", ["connect", "open_http2"])
+def test_a_server_that_has_ended_by_itself(write: Write, connect: str) -> None:
+    with LiveServer(f"{write()}:app", "hypercorn") as server:
+        server.send_signal(signal.SIGKILL)
+        server.process.wait(DEADLINE)
+        with pytest.raises(LiveServerError, match=r"(?s)hypercorn has ended with -9:\n.*Running on"):
+            getattr(server, connect)()
+
+
+def test_a_server_where_nobody_listens(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "port", free_port())
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+
+
 def test_what_is_not_in_the_log(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.get("/say?text=one")
     with monkeypatch.context() as patch:
