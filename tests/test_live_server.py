@@ -261,12 +261,12 @@ def test_the_log_survives_the_server(write: Write) -> None:
 
 
 @pytest.mark.parametrize("connect", ["connect", "open_http2"])
-def test_a_server_that_has_ended_by_itself(write: Write, connect: str) -> None:
-    with LiveServer(f"{write()}:app", "hypercorn") as server:
-        server.send_signal(signal.SIGKILL)
-        server.process.wait(DEADLINE)
-        with pytest.raises(LiveServerError, match=r"(?s)hypercorn has ended with -9:\n.*Running on"):
-            getattr(server, connect)()
+def test_a_server_that_has_ended_by_itself(server: LiveServer, connect: str) -> None:
+    server.get("/say?text=last+words")
+    server.send_signal(signal.SIGKILL)
+    server.process.wait(DEADLINE)
+    with pytest.raises(LiveServerError, match="uvicorn has ended with -9:\n(?s:.*)last words"):
+        getattr(server, connect)()
 
 
 def test_a_server_where_nobody_listens(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
