@@ -265,7 +265,7 @@ def test_a_server_that_has_ended_by_itself(server: LiveServer, connect: str) -> 
     server.get("/say?text=last+words")
     server.send_signal(signal.SIGKILL)
     server.process.wait(DEADLINE)
-    with pytest.raises(LiveServerError, match="uvicorn has ended with -9:\n(?s:.*)last words"):
+    with pytest.raises(LiveServerError, match=r"uvicorn has ended with -9:\n(?s:.*)last words"):
         getattr(server, connect)()
 
 
