@@ -30,7 +30,13 @@ def lifespan(
 
     :param parts: brokers, resumable streams, and whatever else is opened by ``async with``
     :param around: your own lifespan; it runs while the parts are open
+    :raises TypeError: an argument is of the wrong type; the message names it
     """
+    for part in parts:
+        if not isinstance(part, AbstractAsyncContextManager):
+            raise TypeError(f"parts must be opened by async with, unlike {part!r}")
+    if around is not None and not callable(around):
+        raise TypeError(f"around must be a lifespan, a function of the application, not {around!r}")
 
     @asynccontextmanager
     async def opened(app: Any) -> AsyncIterator[Any]:

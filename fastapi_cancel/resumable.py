@@ -11,18 +11,27 @@
         return await streams.start(f"chats/{chat}", SSEResponse(generate(chat), heartbeat=15), after=last)
 
 A *producer* pulls the content into the log of a channel (:mod:`.broker`), in the process where it was started. The
-responses read the log, wherever they are. The last event of a log is a comment that says how the stream ended.
+responses read the log, wherever they are. Its last event says how the stream has ended.
 
 Who is told what, and by whom:
 
 - *the producer* is told of its readers: how far the quickest is, and when the last one has left. It asks again three
   times in its lease, so that a lost message or a dead reader costs time only.
-- *the readers* ask three times in the same lease whether the producer is heard of. One that is not, twice in a row,
-  is dead: a Redis that was away must not look like that.
+- *the readers* ask three times in the same lease whether the producer is heard of. One that is not, for another
+  half of the lease in which Redis answers, is dead: a Redis that was away must not look like that.
 - *whoever stops the key* reaches the producer, as any other run (:mod:`.remote`).
 
 A producer whose stream was taken by another run, because it was replaced or had not been heard of for its lease,
 cannot append any more: each event is appended under the run's name and number, once however often it is tried.
+
+Races, and why each is harmless:
+
+- *the work is cancelled while it appends*: nobody knows whether that event is there. The last words are appended
+  behind whatever there is, and nothing can be appended behind them.
+- *nobody has read it yet*: who starts a stream is its first reader from the start, so ``linger=0`` does not end it.
+- *Redis comes back, and the producer asks before its readers do*: they have two thirds of a lease.
+- *a stop comes before the work has begun*: it waits for it (:mod:`.broker.runs`); the content is closed, never begun.
+- *the last reader leaves while another comes*: the work ends, and the one that has come is told so.
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -45,13 +54,15 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from ._closing import close, run_cleanups
+from ._event_stream import MAX_BUSY
 from .broker import Broker, BrokerUnavailable, Event, Gap, Subscription
 from .broker.base import check_count, check_name
 from .broker.log import SEP, Place
-from .broker.streams import LIVE, Found
-from .events import encode
-from .exceptions import CancelError
-from .ladder import Ladder
+from .broker.runs import EARLY_AT_MOST
+from .broker.streams import LIVE, Fate, Found, how_ended
+from .events import encode, is_whole
+from .exceptions import CancelError, RequestCancelled
+from .ladder import RUN, Ladder
 from .policy import HERE, CancelPolicy, check_seconds
 from .protect import ladder_for
 from .sse import SSEResponse, StreamInfo
@@ -60,10 +71,9 @@ logger = logging.getLogger("fastapi_cancel")
 
 Live = Literal["join", "replace", "refuse"]
 DONE, FAILED = "done", "failed"
-FINISHING = 5.0  # seconds for the last word of a producer, and of a reader
+FINISHING = 5.0  # seconds for the last words of a producer whose process ends, and of a reader
 AGAIN = 0.1, 2.0  # seconds until an event that could not be appended is tried again: at first, at the most
-_ENDING = re.compile(rb"\r\n: stream (\w+)\r\n\r\n$")
-_ID = re.compile(rb"^id(:.*)?(\r\n|\n|\r)", re.MULTILINE)
+_ID = re.compile(rb"(?:^|(?<=[\r\n]))id(?::[^\r\n]*)?(?:\r\n|\n|\r)")
 
 
 class AlreadyRunning(CancelError, HTTPException):
@@ -74,7 +84,7 @@ class AlreadyRunning(CancelError, HTTPException):
 
 
 class StreamLost(CancelError):
-    """Another run has taken the stream, or its producer has died."""
+    """The stream is another run's, or gone."""
 
 
 class Resumable:
@@ -84,9 +94,9 @@ class Resumable:
 
     :param broker: keeps the events: as many of a stream as it retains of a channel
     :param linger: seconds without any reader, in any process, after which the work is cancelled (cause ``disconnect``)
-    :param keep: seconds that a stream can be read after its end
+    :param keep: seconds that a stream can be read after its end; not longer than the broker keeps an event
     :param lease: seconds without a sign of life after which a producer, or a reader, may be taken for dead. Readers
-        are told of a dead producer after twice that at the most
+        are told of a dead producer after twice that at the most; a dead reader counts as one for as long
     :param ahead: how many events may be produced before the quickest reader has read them; then the work waits. By
         default half of what the broker retains
     :param live: what ``start`` does where a stream is live under the key: ``"join"`` it, ``"replace"`` it (the other
@@ -112,8 +122,12 @@ class Resumable:
         if not isinstance(broker, Broker):
             raise TypeError(f"broker must be a Broker, not {broker!r}")
         check_seconds("linger", linger, zero=True)
-        check_seconds("keep", keep)
-        check_seconds("lease", lease)
+        for name, seconds in {"keep": keep, "lease": lease}.items():
+            check_seconds(name, seconds)
+            if seconds > broker.max_age:
+                raise ValueError(
+                    f"{name} must be {broker.max_age:g} seconds at the most, which the broker keeps events"
+                )
         check_seconds("patience", patience, zero=True)
         if ahead is not None:
             check_count("ahead", ahead)
@@ -177,25 +191,23 @@ class Resumable:
             raise RuntimeError("not open: async with streams, or lifespan(broker, streams)")
         producer = _Producer(self, key, response)
         try:
-            if after is not None:
-                found = await self.broker.streams.find(key)
-            else:
-                found = await self._begin(producer, self._group)
+            found = await (self.broker.streams.find(key) if after is not None else self._begin(producer, self._group))
         finally:
             if not producer.began:
                 await producer.clean_up()
-        return self._answer(key, found, after, lambda events: response.put_content(events))
+        return self._answer(key, found, after, response.put_content, producer)
 
     async def _begin(self, producer: _Producer, group: TaskGroup) -> Found:
         key, run = producer.key, producer.run
         with anyio.CancelScope(shield=True):  # who claims it must begin
             found, before = await self.broker.streams.claim(key, run, self.lease, self._live == "replace")
             if found.run == run:
+                self._context.copy().run(group.start_soon, producer.produce)
                 producer.began = True
                 self._producers.add(producer)
-                self._context.copy().run(group.start_soon, producer.produce)
-                if before is not None:
-                    await self.broker.runs.stop(key, before, "replaced", 0)
+            if before is not None:
+                with suppress(BrokerUnavailable):  # then it will find out
+                    await self.broker.runs.stop(key, before, "replaced", EARLY_AT_MOST)
         if found.run != run and self._live == "refuse":
             raise AlreadyRunning(key)
         return found
@@ -215,64 +227,93 @@ class Resumable:
         return self._answer(key, found, after, lambda events: SSEResponse(events, **options))
 
     def _answer(
-        self, key: str, found: Found | None, after: str | None, respond: Callable[[AsyncIterator[Any]], Response]
+        self,
+        key: str,
+        found: Found | None,
+        after: str | None,
+        respond: Callable[[AsyncIterator[Event | bytes]], SSEResponse],
+        producer: _Producer | None = None,
     ) -> Response:
         place = Place.parse(after) if after is not None else None
         if found is None:
             return Response(status_code=204)
-        ours = place is not None and place.epoch == found.epoch
-        if ours and place is not None and found.state != LIVE and place.number >= found.last - (found.state == DONE):
+        if place is not None and place.epoch != found.epoch:
+            place = None
+        if place is not None and found.state != LIVE and place.number >= found.last - (found.state == DONE):
             return Response(status_code=204)
-        begin = place if ours and place is not None else Place(found.epoch, 0)
-        return respond(self._read(key, found, begin, is_other=after is not None and not ours))
+        reader = _Reader(key, found, place, is_first=producer is not None and producer.began)
+        response = respond(self._read(reader, is_elsewhere=after is not None and place is None))
+        response.add_cleanup(self._depart, reader)
+        return response
 
-    async def _read(self, key: str, found: Found, place: Place, is_other: bool) -> AsyncIterator[Event | bytes]:
+    async def _read(self, reader: _Reader, is_elsewhere: bool) -> AsyncIterator[Event | bytes]:
         """The events of a stream, to its end."""
-        if is_other:
-            yield Gap(place, None)
-        streams = self.broker.streams
-        async with self.broker.subscribe(streams.channel(key), str(place)) as events:
-            reader = _Reader(key, found.run, events, place.number)
-            self._readers.add(reader)
-            try:
+        if is_elsewhere:
+            yield Gap(reader.place, None)
+        try:
+            async with self.broker.subscribe(self.broker.streams.channel(reader.key), str(reader.place)) as events:
+                reader.events = events
+                self._readers.add(reader)
                 await self._tell(reader)
                 async for event in events:
                     at = Place.parse(event.id)
                     assert at is not None
-                    if at.epoch != found.epoch:
-                        yield _ended("lost")
+                    if at.epoch != reader.epoch:
+                        yield _ended("replaced" if await self._tell(reader) == "replaced" else "lost")
                         return
-                    if (ending := _ENDING.search(event.frame)) is not None:
-                        if (state := ending[1].decode()) != DONE:
+                    if (state := how_ended(event.frame)) is not None:
+                        if state != DONE:
                             yield f"id: {event.id}{SEP}".encode() + _ended(state)
                         return
                     reader.at = at.number
                     if reader.at - reader.told >= max(1, self.ahead // 4):
                         await self._tell(reader)
                     yield event
-            except StreamLost as lost:
-                yield _ended(str(lost))
-            finally:
-                self._readers.discard(reader)
-                with anyio.move_on_after(FINISHING, shield=True), suppress(BrokerUnavailable):
-                    await streams.depart(key, found.run, reader.id)
+        except StreamLost as lost:
+            yield _ended(str(lost))
+        except BrokerUnavailable:
+            yield _ended("unavailable")
+        finally:
+            self._readers.discard(reader)
 
-    async def _tell(self, reader: _Reader) -> None:
-        """Say that it reads, and how far it is; hear of its producer."""
+    async def _tell(self, reader: _Reader) -> Fate:
+        """Say that it reads, and how far it is; hear what has become of the run."""
         reader.told = reader.at
-        with suppress(BrokerUnavailable):
-            heard_of = await self.broker.streams.attend(reader.key, reader.run, reader.id, reader.at, self.lease)
-            reader.unheard = 0 if heard_of else reader.unheard + 1
-            if heard_of is None:
-                reader.events.end(StreamLost("lost"))
-            elif reader.unheard > 1:
-                reader.events.end(StreamLost("died"))
+        try:
+            fate = await self.broker.streams.attend(reader.key, reader.run, reader.id, reader.at, self.lease)
+        except BrokerUnavailable:
+            reader.silent_since = None
+            return "lost"
+        reader.is_known = True
+        if fate != "silent":
+            reader.silent_since = None
+        elif reader.silent_since is None:
+            reader.silent_since = monotonic()
+        elif monotonic() - reader.silent_since >= self.lease / 2:
+            reader.events.end(StreamLost("died"))
+        if fate in ("replaced", "lost"):
+            reader.events.end(StreamLost(fate))
+        return fate
+
+    async def _depart(self, reader: _Reader) -> None:
+        if reader.is_known:
+            with anyio.move_on_after(FINISHING, shield=True), suppress(BrokerUnavailable):
+                await self.broker.streams.depart(reader.key, reader.run, reader.id)
 
     async def _attend(self) -> None:
+        """Speak for the readers now and then."""
         while True:
             await anyio.sleep(self.lease / 3)
             for reader in list(self._readers):
-                await self._tell(reader)
+                if reader in self._readers:
+                    await self._tell(reader)
+                    if reader not in self._readers:  # it may have departed before it was said to read
+                        await self._depart(reader)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the streams are to end."""
+        return self._group is None
 
     def forget(self, producer: _Producer) -> None:
         """It has ended."""
@@ -284,16 +325,21 @@ class _Reader:
 
     :ivar at: the number of the last event that was read
     :ivar told: what the producer knows of that
-    :ivar unheard: how often in a row the producer was not heard of
+    :ivar is_known: whether the record may have it among the readers
+    :ivar silent_since: since when the producer has not been heard of
     """
 
-    def __init__(self, key: str, run: str, events: Subscription, at: int) -> None:
-        self.id = secrets.token_hex(8)
+    events: Subscription
+
+    def __init__(self, key: str, found: Found, place: Place | None, is_first: bool) -> None:
+        self.id = found.run if is_first else secrets.token_hex(8)
         self.key = key
-        self.run = run
-        self.events = events
-        self.at = self.told = at
-        self.unheard = 0
+        self.run = found.run
+        self.epoch = found.epoch
+        self.place = place or Place(found.epoch, 0)
+        self.at = self.told = self.place.number
+        self.is_known = is_first
+        self.silent_since: float | None = None
 
 
 class _Producer:
@@ -315,78 +361,104 @@ class _Producer:
         self._since = monotonic()
         self._number = self._read_to = 0
         self._ladder: Ladder | None = None
-        self._news = anyio.Event()
+        self._progress = anyio.Event()
+        self._departure = anyio.Event()
 
     def shut_down(self) -> None:
-        if self._ladder is not None:
+        if self._ladder is not None:  # else it will see for itself
             self._ladder.signal("shutdown")
 
     async def produce(self) -> None:
-        """From the first event to the last word."""
-        streams = self._streams
-        state: str | None = FAILED
-        ladder = ladder_for(streams.policy, {"type": "stream", "path": self.key})
+        """From the first event to the last word. Raises nothing: the others go on."""
+        ladder = ladder_for(self._streams.policy, {"type": "stream", "path": self.key})
         try:
-            await ladder.run(self._work(ladder))
-            state = ladder.cause or DONE
-        except StreamLost as lost:
-            state = None
-            logger.warning("%s: %s", ladder.name(), lost)
+            state = await self._run(ladder)
+            limit = FINISHING if self._streams.is_closing or state == FAILED else None
+            with anyio.fail_after(limit, shield=True):
+                words = self._last_words(ladder)
+                await self._insist(lambda: self._records.finish(self.key, self.run, state, self._streams.keep, *words))
+        except (StreamLost, BrokerUnavailable, TimeoutError) as exc:
+            logger.warning("%s has ended, and cannot say so: %s", ladder.name(), exc or "the broker does not answer")
         except Exception:
-            logger.exception("%s failed", ladder.name())
+            logger.exception("%s has ended, and cannot say so", ladder.name())
         finally:
             self._records.heed(self.run, None)
-            try:
-                with anyio.move_on_after(FINISHING, shield=True), suppress(BrokerUnavailable, StreamLost):
-                    if state is not None:
-                        await self._conclude(ladder, state)
-            finally:
-                streams.forget(self)
-                self.ended.set()
+            self._streams.forget(self)
+            self.ended.set()
+
+    async def _run(self, ladder: Ladder) -> str:
+        """The work, to the end of its cleanup. How it has ended."""
+        try:
+            await ladder.run(self._work(ladder))
+        except RequestCancelled:
+            pass
+        except StreamLost:
+            raise
+        except Exception:
+            logger.exception("%s failed", ladder.name())
+            return FAILED
+        return ladder.cause or DONE
 
     async def _work(self, ladder: Ladder) -> None:
         streams = self._streams
         self._ladder = ladder
+        if streams.is_closing:
+            ladder.signal("shutdown")
         self._records.heed(self.run, self._hear)
         ladder.spawn(partial(self._stay, ladder))
         try:
             async with streams.broker.runs.running(self.key, self.run, ladder.stop):
-                async for item in self._content:
-                    if item is not None:
-                        wire, _ = encode(item, SEP)
-                        await self._wait_for_readers()
-                        await self._put(_ID.sub(b"", wire))
+                await self._pump(ladder)
+                ladder.complete()
         finally:
             await self.clean_up()
+
+    async def _pump(self, ladder: Ladder) -> None:
+        turned = monotonic()
+        wire = b""
+        self._check(ladder)
+        async for item in self._content:
+            self._check(ladder)
+            if item is not None:
+                wire += encode(item, SEP)[0]
+            if is_whole(wire):  # else these are bytes, and the rest of the event is to come
+                while self._number - self._read_to >= self._streams.ahead:
+                    await self._progress.wait()
+                await self._put(_ID.sub(b"", wire))
+                wire = b""
+            if monotonic() - turned > MAX_BUSY:
+                await ladder.turn()
+                turned = monotonic()
+
+    def _check(self, ladder: Ladder) -> None:
+        """Between two events: after the signal, and its grace, there are no more."""
+        if ladder.cause is not None and ladder.state != RUN:
+            ladder.settle()
+            raise RequestCancelled(ladder.cause)
 
     async def clean_up(self) -> None:
         """Close the content, and run the hooks that came with it."""
         await close(self._content)
         await run_cleanups(self._cleanups, self._streams.policy.cleanup_timeout, f"the stream {self.key!r}")
 
-    async def _conclude(self, ladder: Ladder, state: str) -> None:
-        if ladder.cause in HERE and (farewell := self._farewell_of(ladder)):
-            await self._put(farewell)
-        await self._put(f": stream {state}{SEP}{SEP}".encode())
-        await self._records.finish(self.key, self.run, state, self._number, self._streams.keep)
-
-    def _farewell_of(self, ladder: Ladder) -> bytes:
+    def _last_words(self, ladder: Ladder) -> list[bytes]:
+        if ladder.cause not in HERE:
+            return []
         try:
             info = StreamInfo(ladder.cause, monotonic() - self._since, self._number, reason=ladder.reason)
-            return self._farewell(info)
+            return [word for word in [self._farewell(info)] if word]
         except Exception:
             logger.exception("%s: the farewell failed", ladder.name())
-            return b""
+            return []
 
     # -- to the log --------------------------------------------------------------------------
 
-    async def _wait_for_readers(self) -> None:
-        """Back-pressure: stay within reach of the quickest reader."""
-        while self._number - self._read_to >= self._streams.ahead:
-            await self._news.wait()
-
     async def _put(self, wire: bytes) -> None:
-        """Append an event, however often the broker goes away meanwhile.
+        await self._insist(lambda: self._records.produce(self.key, self.run, self._number + 1, wire))
+        self._number += 1
+
+    async def _insist(self, append: Callable[[], Awaitable[bool]]) -> None:
+        """Append, however often the broker goes away meanwhile.
 
         :raises StreamLost: the stream is another run's
         :raises BrokerUnavailable: it was away for too long
@@ -395,10 +467,9 @@ class _Producer:
         until = monotonic() + self._streams.patience
         while True:
             try:
-                if not await self._records.produce(self.key, self.run, self._number + 1, wire):
-                    raise StreamLost("the stream has been taken by another run, or Redis has lost it")
-                self._number += 1
-                return
+                if await append():
+                    return
+                raise StreamLost("another run has taken the stream, or the broker has lost it")
             except BrokerUnavailable:
                 if monotonic() > until:
                     raise
@@ -408,32 +479,35 @@ class _Producer:
     # -- its readers -------------------------------------------------------------------------
 
     def _hear(self, at: int | None) -> None:
-        if at is not None:
+        if at is None:
+            self._departure.set()
+        else:
             self._read_to = max(self._read_to, at)
-        self._tell()
-
-    def _tell(self) -> None:
-        self._news.set()
-        self._news = anyio.Event()
+            self._progress.set()
+            self._progress = anyio.Event()
 
     async def _stay(self, ladder: Ladder) -> None:
         """Be heard of, and end the work when nobody has read it for ``linger``."""
         streams = self._streams
         while True:
             wait = streams.lease / 3
-            with suppress(BrokerUnavailable):
-                if (seen := await self._records.renew(self.key, self.run, streams.lease)) is None:
+            try:
+                seen = await self._records.renew(self.key, self.run, streams.lease)
+            except BrokerUnavailable:
+                wait = streams.lease / 10
+            else:
+                if seen is None:
                     ladder.stop("lost")
                     return
                 idle, read_to = seen
-                self._read_to = max(self._read_to, read_to)
+                self._hear(read_to)
                 if idle is not None and idle >= streams.linger:
                     ladder.signal("disconnect")
-                    return
-                if idle is not None:
+                elif idle is not None:
                     wait = min(wait, streams.linger - idle)
             with anyio.move_on_after(wait):
-                await self._news.wait()
+                await self._departure.wait()
+            self._departure = anyio.Event()
 
 
 def _ended(reason: str) -> bytes:

@@ -14,6 +14,8 @@ __all__ = ["Broker", "BrokerUnavailable", "Event", "Gap", "MemoryBroker", "Stall
 
 SETTINGS = {"retain": int, "max_age": float, "prefix": str, "connections": int, "patience": float}
 
+OF_REDIS = {"prefix", "connections", "patience"}
+
 
 def connect(url: str = "memory://", **settings: Any) -> Broker:
     """The broker at a URL.
@@ -26,14 +28,18 @@ def connect(url: str = "memory://", **settings: Any) -> Broker:
 
     :param url: ``memory://``, ``redis://``, ``rediss://`` (TLS) or ``unix://``. Its query may name settings
         of ours, and any that redis-py takes
-    :param settings: the arguments of :class:`MemoryBroker` or :class:`~.redis.RedisBroker`; they go before the URL's
+    :param settings: the arguments of :class:`~.redis.RedisBroker`; they go before the URL's. In memory, those that
+        are about Redis say nothing
     :raises ImportError: redis-py is needed; the message names the extra
     :raises TypeError: a setting is of the wrong type, or unknown; the message names it
     :raises ValueError: the URL or a setting cannot be used; the message names it
     """
     if not isinstance(url, str):
         raise TypeError(f"url must be a str, not {url!r}")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # which may quote the password
+        raise ValueError("url cannot be read: user, password and options in it must be percent-encoded") from None
     theirs = []
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in SETTINGS:
@@ -41,9 +47,11 @@ def connect(url: str = "memory://", **settings: Any) -> Broker:
         elif name not in settings:
             settings[name] = _read(name, value)
     if parts.scheme == "memory":
-        return MemoryBroker(**settings)
+        if theirs:
+            raise ValueError(f"memory:// has no {', '.join(name for name, _ in theirs)}")
+        return MemoryBroker(**{name: value for name, value in settings.items() if name not in OF_REDIS})
     if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError(f"url must begin with memory://, redis://, rediss:// or unix://, not {parts.scheme!r}")
+        raise ValueError("url must begin with memory://, redis://, rediss:// or unix://")
     from .redis import RedisBroker
 
     return RedisBroker(parts._replace(query=urlencode(theirs)).geturl(), **settings)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import anyio
 
@@ -31,6 +32,8 @@ COMMAND = 5.0  # seconds for one command
 QUIET = 10.0  # seconds without a word from Redis, until we ask whether it is still there
 BACK_OFF = 0.05, 2.0  # seconds between two attempts to connect: the first, the longest
 AT_ONCE = 500  # channels that are joined with one command
+
+OURS = {"decode_responses", "encoding", "encoding_errors", "health_check_interval", "max_connections", "protocol"}
 
 Heard = Callable[[bytes], None]
 AWAY = (RedisError, OSError, asyncio.TimeoutError)
@@ -60,12 +63,15 @@ class Link:
         }
         self.name = without_secrets(url)
         try:
+            if taken := OURS & dict(parse_qsl(urlsplit(url).query)).keys():
+                raise ValueError(f"{', '.join(sorted(taken))} is not for you to set")
             self._listening = redis.Redis.from_url(url, max_connections=1, **options)
             pool = redis.BlockingConnectionPool.from_url(
                 url, max_connections=connections, timeout=COMMAND, socket_timeout=COMMAND, **options
             )
+            pool.connection_class(**pool.connection_kwargs)  # which is where redis-py looks at its options
         except (ValueError, TypeError) as exc:
-            raise ValueError(f"url: {self.name} cannot be used: {exc}") from None
+            raise ValueError(f"url {self.name} cannot be used: {exc}") from None
         self._commands = redis.Redis.from_pool(pool)
         self._joined = joined
         self._changed = changed
@@ -78,24 +84,27 @@ class Link:
     async def open(self) -> None:
         """Connect.
 
-        :raises BrokerUnavailable: Redis does not answer, refuses us, or is too old
+        :raises BrokerUnavailable: Redis does not answer, refuses us, is too old, or a cluster or a sentinel
+        :raises RuntimeError: it is not asyncio that runs here
         """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError("a broker in Redis needs asyncio: redis-py does not work on Trio") from None
         try:
             info: Mapping[str, Any] = await self._commands.info("server")
         except AWAY as exc:
             await self._disconnect()
-            raise BrokerUnavailable(f"{self.name}: {exc}") from exc
-        version = str(info["redis_version"])
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            raise BrokerUnavailable(f"{self.name}: {exc or type(exc).__name__}") from exc
+        if fault := _unfit(str(info["redis_version"]), str(info.get("redis_mode", "standalone"))):
             await self._disconnect()
-            raise BrokerUnavailable(f"{self.name}: Redis {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed")
-        self._listener = asyncio.get_running_loop().create_task(self._listen(), name="fastapi_cancel Redis listener")
+            raise BrokerUnavailable(f"{self.name}: {fault}")
+        self._listener = loop.create_task(self._listen(), name="fastapi_cancel Redis listener")
 
     async def aclose(self) -> None:
         """Disconnect."""
         if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.wait([self._listener])
+            await end(self._listener)
             self._listener = None
         await self._disconnect()
 
@@ -140,28 +149,30 @@ class Link:
         if self._pubsub is None:
             return
         left = self._waits.setdefault(("unsubscribe", channel), anyio.Event())
-        with suppress(*AWAY):
-            await self._pubsub.unsubscribe(channel)
-            with anyio.move_on_after(COMMAND):
-                await left.wait()
-        self._waits.pop(("unsubscribe", channel), None)
+        try:
+            with suppress(*AWAY):
+                await self._pubsub.unsubscribe(channel)
+                with anyio.move_on_after(COMMAND):
+                    await left.wait()
+        finally:
+            self._waits.pop(("unsubscribe", channel), None)
 
     async def _listen(self) -> None:
         wait, longest = BACK_OFF
         away = False
         while True:
             try:
-                async with self._listening.pubsub() as self._pubsub:
-                    await self._pubsub.ping()
-                    names = list(self._wanted)
+                async with self._listening.pubsub() as pubsub:
+                    await pubsub.ping()
+                    names, self._pubsub = list(self._wanted), pubsub  # who joins from here on says so itself
                     for start in range(0, len(names), AT_ONCE):
-                        await self._pubsub.subscribe(*names[start : start + AT_ONCE])
+                        await pubsub.subscribe(*names[start : start + AT_ONCE])
                     while True:
-                        message = await self._next(self._pubsub)
+                        message = await self._next(pubsub)
                         if away:
                             away = False
                             wait, _ = BACK_OFF
-                            logger.warning("%s is back", self.name)
+                            logger.warning("back: %s", self.name)
                             self._changed(None)
                         self._hear(message)
             except AWAY as exc:
@@ -172,7 +183,7 @@ class Link:
                     event.set()
             if not away:
                 away = True
-                logger.warning("%s is away: %s", self.name, reason)
+                logger.warning("away: %s", reason)
                 self._changed(reason)
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, longest)
@@ -200,8 +211,34 @@ class Link:
             event.set()
 
 
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel it until it has ended: while redis-py reconnects, a cancellation can get lost."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
+
+
+def _unfit(version: str, mode: str) -> str | None:
+    """Why we cannot work with such a server."""
+    if mode == "sentinel":
+        return "this is a sentinel: give the URL of what it watches (see docs/redis.md)"
+    if mode == "cluster":
+        return "Redis Cluster is not supported (see docs/redis.md)"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
+        return f"Redis {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed"
+    return None
+
+
 def without_secrets(url: str) -> str:
-    """``url`` as it may be logged."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    """``url`` as it may be logged: without user, password and options.
+
+    :raises TypeError: it is no str
+    :raises ValueError: it cannot be told where the password ends
+    """
+    if not isinstance(url, str):
+        raise TypeError("url must be a str")
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        if "://" in url and "@" not in parts.path + parts.query + parts.fragment and parts.port != 0:
+            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    raise ValueError("url cannot be read: user, password and options in it must be percent-encoded") from None

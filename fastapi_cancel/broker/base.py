@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, get_args
 
-from ..events import encode
-from ..exceptions import CancelError, InvalidEvent
+from ..events import encode, is_whole
+from ..exceptions import InvalidEvent
 from ..policy import check_seconds
-from .log import SEP, Event, Here, Place, Slow, Subscription
+from .log import SEP, BrokerUnavailable, Event, Here, Place, Slow, Subscription
 from .runs import EARLY_AT_MOST, Runs
 from .streams import Streams
 
+__all__ = ["CLOSED", "Broker", "BrokerUnavailable", "check_count", "check_name", "to_publish"]
+
 CLOSED = "the broker has been closed"
-
-
-class BrokerUnavailable(CancelError, ConnectionError):
-    """The store behind a broker does not answer, or is none that we can work with."""
+_ID = re.compile(rb"(?:^|[\r\n])id(?![^:\r\n])")  # in bytes that somebody has written himself
 
 
 class Broker(ABC):
@@ -65,10 +65,7 @@ class Broker(ABC):
         :raises BrokerUnavailable: the store does not answer; the event may have been published or not
         """
         check_name("channel", channel)
-        wire, id = encode(item, SEP)
-        if id is not None:
-            raise InvalidEvent(f"an event that is published gets its id from the broker, not {id!r}")
-        return str(await self._publish(channel, wire))
+        return str(await self._publish(channel, to_publish(item)))
 
     def subscribe(
         self, channel: str, after: str | None = None, *, lag: int | None = None, slow: Slow = "skip"
@@ -153,6 +150,19 @@ class Broker(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Let everything go. Harmless to call again."""
+
+
+def to_publish(item: Any) -> bytes:
+    """The wire format of an event that is going to get an id.
+
+    :raises InvalidEvent: it has one already, or is none
+    """
+    wire, id = encode(item, SEP)
+    if id is not None or _ID.search(wire):
+        raise InvalidEvent(f"an event gets its id from the broker: {item!r} must not have one")
+    if item is None or not is_whole(wire[-4:]):
+        raise InvalidEvent(f"{item!r} is no event: what is bytes must end with an empty line")
+    return wire
 
 
 def check_name(name: str, value: object) -> None:

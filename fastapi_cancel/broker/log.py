@@ -3,20 +3,29 @@
 Theory of operation
 ===================
 
-Every event of a channel has a number; the next one is one higher, always. An id is ``epoch-number``: the epoch
-says which life of the channel it belongs to (a log that was forgotten, or lost with its server, begins anew under
-another epoch). So whoever comes back with an id knows exactly what is missing, and nothing else needs to be stored
-for it: a number that is not the next one *is* a gap.
+An id is ``epoch-number``. Within an epoch each event's number is one higher than that of the one before, so
+whoever comes back with an id knows exactly what is missing, and nothing else needs to be stored for it: a number
+that is not the next one *is* a gap.
+
+An epoch ends when its log is forgotten, or when the server that keeps it begins anew: that one cannot know what it
+has lost (the snapshot it began with may be minutes old), and must not give the same id twice. The first event of
+the next epoch says *after* which id it came, if there was one. A reader that is just there goes on without a gap;
+any other has missed something. Places are compared as they stand: a later epoch is always a higher one.
 
 A reader is a place in the log, not a queue. What it has not read yet waits once for all readers, here or in the
 store behind (Redis); a reader that falls behind costs nothing, and reads the store instead of the memory. Only
 where the store has forgotten, too, there is a gap, and the reader is told.
 
 ======== =================================================================================
-_events  the newest events in memory, without a hole
-last     the number of the newest event that is known to exist; those between the end of
-         ``_events`` and it must be read from the store
+_entries the newest events in memory, of one epoch and without a hole
+_end     the number of the last of them
+place    behind the newest event that is known to exist; those between ``_end`` and it
+         must be read from the store
 ======== =================================================================================
+
+What is heard may come late, twice, or not at all, and an answer of the store may be older than what has been heard
+meanwhile; so nothing ever moves a log back, with one exception: an answer that is behind what was known *when it
+was asked for* proves that the store has lost something.
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import anyio
 from pydantic_core import to_json
 
-from ..exceptions import Stalled
+from ..exceptions import CancelError, Stalled
 
 SEP = "\r\n"
 _ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
@@ -75,13 +84,16 @@ class Event:
     @property
     def data(self) -> str | None:
         """Its data, without the lines' ends."""
-        lines = [value for name, value in _FIELD.findall(self.frame.decode()) if name == "data"]
+        lines = [value for name, value in self._fields() if name == "data"]
         return "\n".join(lines) if lines else None
 
     @property
     def event(self) -> str | None:
         """Its type, if it has one."""
-        return next((value for name, value in _FIELD.findall(self.frame.decode()) if name == "event"), None)
+        return next((value for name, value in self._fields() if name == "event"), None)
+
+    def _fields(self) -> list[tuple[str, str]]:
+        return _FIELD.findall(self.frame.decode(errors="replace"))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.event or 'message'}: {self.data!r}>"
@@ -109,19 +121,34 @@ class Here(Event):
         super().__init__(str(place), SEP.encode())
 
 
-Numbered: TypeAlias = tuple[int, Event]
+class BrokerUnavailable(CancelError, ConnectionError):
+    """The store behind a broker does not answer, or is none that we can work with."""
+
+
+class Entry(NamedTuple):
+    """An event of a log.
+
+    :ivar after: for the first one of an epoch: where the epoch before has ended
+    """
+
+    place: Place
+    event: Event
+    after: Place | None = None
+
+    def follows(self, place: Place) -> bool:
+        """Whether nothing is missing between ``place`` and it."""
+        return self.place == (place.epoch, place.number + 1) or self.after == place
+
+
 Slow: TypeAlias = Literal["skip", "end"]
+NOWHERE = Place(0, 0)  # before all logs
 
 
 class Store(Protocol):
     """What is behind the memory of this process; in the end the memory itself."""
 
-    async def read(self, place: Place) -> list[Numbered]:
-        """The next events behind a place; an empty list if there are none."""
-        ...
-
-    async def look(self) -> object:
-        """Ask for the newest event, and move the log there."""
+    async def read(self, place: Place) -> tuple[Place, list[Entry]]:
+        """Where the log is, to which ours moves, and the next events behind ``place`` (none: there are none)."""
         ...
 
 
@@ -131,73 +158,89 @@ class Log:
     :param size: how many are kept in memory
     :param max_age: seconds that one is kept in memory
     :ivar touched: when it was last used, on the clock of ``time.monotonic``
-    :ivar failure: raised to the readers that have read all there is
+    :ivar failure: readers that have read all there is raise :class:`BrokerUnavailable` with these words
+    :ivar unheard: behind the last event that came while nobody could hear it: nobody is slow who is not there yet
     """
 
     def __init__(self, place: Place, size: int, max_age: float) -> None:
-        self.epoch, self.last = place
-        self.failure: Exception | None = None
+        self.place = place
+        self.failure: str | None = None
         self._size = size
         self._max_age = max_age
-        self._events: deque[tuple[float, Event]] = deque()
-        self._end = self.last
+        self._entries: deque[tuple[float, Entry]] = deque()
+        self._end = self.unheard = place.number
         self._more: anyio.Event | None = None
         self.touched = monotonic()
 
     @property
-    def place(self) -> Place:
-        """Behind the newest event."""
-        return Place(self.epoch, self.last)
+    def epoch(self) -> int:
+        return self.place.epoch
+
+    @property
+    def last(self) -> int:
+        """The number of the newest event."""
+        return self.place.number
 
     def append(self, place: Place, event: Event) -> None:
         """An event has come. One that we have already, or that comes out of turn, is left to the store."""
-        if place.epoch != self.epoch:
-            self.move_to(Place(place.epoch, 0))
-        if place.number != self._end + 1:
-            if place.number <= self.last:
-                return
-            self._events.clear()
-        self._end = place.number
-        self.last = max(self.last, place.number)
-        self._events.append((monotonic(), event))
-        if len(self._events) > self._size:
-            self._events.popleft()
-        self.wake()
-
-    def move_to(self, place: Place) -> None:
-        """The store says that its newest event is this one."""
-        if place.epoch != self.epoch:
-            self._events.clear()
-            self.epoch, self.last = place
-            self._end = self.last
-        elif place.number > self.last:
-            self.last = place.number
-        else:
+        if place.epoch > self.place.epoch:
+            self._begin(Place(place.epoch, place.number - 1))
+        elif place.epoch < self.place.epoch:
             return
+        if place.number != self._end + 1:
+            if place.number <= self.place.number:
+                return
+            self._entries.clear()
+        self._end = place.number
+        entry = Entry(place, event)
+        if place > self.place:
+            self.place = place
+        self._entries.append((monotonic(), entry))
+        if len(self._entries) > self._size:
+            self._entries.popleft()
         self.wake()
 
-    def fail(self, failure: Exception | None) -> None:
-        """Have the readers that wait raise it; ``None``: all is well again."""
+    def move_to(self, place: Place, known: Place = NOWHERE) -> None:
+        """The store says that its newest event is this one.
+
+        :param known: where this log was when the store was asked
+        """
+        if known <= place <= self.place:
+            return
+        if place.epoch != self.place.epoch or place < known:
+            self._begin(place)
+        self.place = place
+        self.wake()
+
+    def _begin(self, place: Place) -> None:
+        self.place = place
+        self._entries.clear()
+        self._end = self.unheard = place.number
+
+    def fail(self, failure: str | None) -> None:
+        """Have the readers that wait fail; ``None``: all is well again."""
         self.failure = failure
         self.wake()
 
-    def get(self, number: int) -> Event | None:
-        """The event of this number, if it is in memory."""
-        index = number - self._end + len(self._events) - 1
-        return self._events[index][1] if 0 <= index < len(self._events) else None
+    def check(self) -> None:
+        """Fail as it was told to."""
+        if self.failure is not None:
+            raise BrokerUnavailable(self.failure)
+
+    def behind(self, place: Place) -> Entry | None:
+        """The event behind ``place``, if it is in memory."""
+        index = place.number - self._end + len(self._entries)
+        return self._entries[index][1] if 0 <= index < len(self._entries) and place.epoch == self.place.epoch else None
 
     def forget_old(self) -> None:
         """Drop what is too old."""
         oldest = monotonic() - self._max_age
-        while self._events and self._events[0][0] < oldest:
-            self._events.popleft()
+        while self._entries and self._entries[0][0] < oldest:
+            self._entries.popleft()
 
-    async def read(self, place: Place) -> list[Numbered]:
-        first = self._end - len(self._events) + 1
-        return [(first, self._events[0][1])] if self._events and place.number < first else []
-
-    async def look(self) -> None:
-        """There is nobody to ask."""
+    async def read(self, place: Place) -> tuple[Place, list[Entry]]:
+        found = [self._entries[0][1]] if self._entries and self._entries[0][1].place > place else []
+        return self.place, found
 
     async def wait(self) -> None:
         """Wait for news."""
@@ -227,15 +270,15 @@ class Subscription(AsyncIterator[Event]):
         self._store = store
         self._lag = lag
         self._slow = slow
-        self._epoch, self._number = after or Place(-1, 0)
-        self._read: deque[Numbered] = deque()
+        self._here = after or NOWHERE
+        self._read: deque[Entry] = deque()
         self._live = False
         self._failure: Exception | None = None
 
     @property
     def position(self) -> str:
         """The id of the last event that was read here: what to come back with."""
-        return str(Place(self._epoch, self._number))
+        return str(self._here)
 
     def end(self, failure: Exception) -> None:
         """Have it raise ``failure`` once it has read all there is."""
@@ -253,57 +296,48 @@ class Subscription(AsyncIterator[Event]):
         """
         log = self._log
         while True:
-            if self._is_elsewhere():
-                return await self._start_anew()
-            if self._lag is not None and self._live and log.last - self._number > self._lag:
-                return self._too_slow(self._lag)
+            if self._lag is not None and self._live and (place := self._too_slow(self._lag)) is not None:
+                return self._skip_to(place)
             if (event := self._next()) is not None:
                 return event
-            if self._number < log.last:
-                before = log.place
-                self._read.extend(await self._store.read(Place(self._epoch, self._number)))
-                if not self._read and log.place == before:
-                    return self._skip_to(log.last)
-            else:
+            if self._here == log.place:
                 self._live = True
-                if (failure := self._failure or log.failure) is not None:
-                    raise failure
+                if self._failure is not None:
+                    raise self._failure
+                log.check()
                 await log.wait()
+                continue
+            newest, entries = await self._store.read(self._here)
+            self._read = deque(entries)
+            if not entries and newest != self._here:
+                if newest > self._here or newest.epoch == self._here.epoch:  # forgotten, or lost
+                    return self._skip_to(newest)
+                self._here = NOWHERE  # an id of another log
 
     def _next(self) -> Event | None:
         if self._read:
-            number, event = self._read[0]
-            if number == self._number + 1:
-                self._read.popleft()
-                self._number = number
-                return event
-            if number > self._number:
-                return self._skip_to(number - 1)
-            self._read.clear()
-        if (found := self._log.get(self._number + 1)) is not None:
-            self._number += 1
-        return found
+            entry = self._read[0]
+            if not entry.follows(self._here):
+                return self._skip_to(Place(entry.place.epoch, entry.place.number - 1))
+            self._read.popleft()
+        elif (found := self._log.behind(self._here)) is not None:
+            entry = found
+        else:
+            return None
+        self._here = entry.place
+        return entry.event
 
-    def _skip_to(self, number: int) -> Gap:
-        missed, self._number = number - self._number, number
-        return Gap(Place(self._epoch, number), missed)
+    def _skip_to(self, place: Place) -> Gap:
+        missed = place.number - self._here.number
+        known = place.epoch == self._here.epoch and missed > 0
+        self._here = place
+        return Gap(place, missed if known else None)
 
-    def _too_slow(self, lag: int) -> Gap:
+    def _too_slow(self, lag: int) -> Place | None:
+        log = self._log
+        if log.epoch != self._here.epoch or log.last - max(self._here.number, log.unheard) <= lag:
+            return None
         if self._slow == "end":
             raise Stalled(f"more than {lag} events wait for a subscriber")
         self._read.clear()
-        return self._skip_to(self._log.last - lag)
-
-    def _is_elsewhere(self) -> bool:
-        """Whether its place is none of this log, as far as this process knows."""
-        return self._epoch != self._log.epoch or self._number > self._log.last
-
-    async def _start_anew(self) -> Gap | Event:
-        """The log has begun anew, or the id is of another one. Or another process has heard of more than this one."""
-        await self._store.look()
-        if not self._is_elsewhere():
-            return await self.__anext__()
-        self._epoch, self._number = self._log.epoch, 0
-        self._read = deque(await self._store.read(Place(self._epoch, 0)))
-        self._number = self._read[0][0] - 1 if self._read else self._log.last
-        return Gap(Place(self._epoch, self._number), None)
+        return Place(log.epoch, log.last - lag)

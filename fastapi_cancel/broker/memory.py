@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic, time_ns
 
-from .base import CLOSED, Broker, BrokerUnavailable
+from .base import CLOSED, Broker
 from .log import Event, Log, Place, Slow, Subscription
 from .runs import MemoryRuns
 from .streams import MemoryStreams
@@ -20,7 +20,7 @@ class MemoryBroker(Broker):
     def __init__(self, *, retain: int = 1000, max_age: float = 3600.0) -> None:
         super().__init__(retain=retain, max_age=max_age)
         self.runs = MemoryRuns()
-        self.streams = MemoryStreams(self._log, self._begin_anew)
+        self.streams = MemoryStreams(self._log, self._begin_anew, lambda channel: self._logs.pop(channel, None))
         self._logs: dict[str, Log] = {}
         self._readers: dict[str, int] = {}
         self._epoch = 0
@@ -76,5 +76,5 @@ class MemoryBroker(Broker):
 
     async def aclose(self) -> None:
         for log in self._logs.values():
-            log.fail(BrokerUnavailable(CLOSED))
+            log.fail(CLOSED)
         self._logs.clear()

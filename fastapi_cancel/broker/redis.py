@@ -11,32 +11,35 @@ Races, and why each is harmless:
 - *the look knows more than has been heard*: those events are on their way. Who wants them before they have come
   reads them from the stream; then they come out of turn, and are dropped.
 - *the connection goes*: on its return each channel is joined and looked at again; what was missed is read.
-- *Redis begins anew without its data*: the look creates the log under another epoch. That is a gap.
+- *Redis begins anew, with all, with some or with none of its data*: its life has another name. The next event
+  opens an epoch, and says what it comes after; who has read more, or less, is told of a gap.
 - *the last subscriber leaves while another comes*: one lock a channel.
+- *the last subscriber is interrupted while it leaves*: our looker leaves for it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import anyio
 
 from ..policy import check_seconds
-from ._link import Link
+from ._link import Link, end
 from ._redis_runs import RedisRuns
 from ._redis_streams import RedisStreams
 from ._scripts import LOOK, PUBLISH, READ
 from .base import CLOSED, Broker, BrokerUnavailable, check_count
-from .log import Event, Log, Numbered, Place, Slow, Subscription
+from .log import NOWHERE, Entry, Event, Log, Place, Slow, Subscription
 
 PAGE = 100  # events that are read from Redis at once
 WINDOW = 100  # events of a channel that are kept in memory as well
 LOOKS = 200  # channels that are looked at in one exchange
-AGAIN = 0.5  # seconds until a look that failed is tried again
-NOWHERE = Place(-1, 0)
+AGAIN = 0.5  # seconds, at most, until what failed is tried again
+SPARE = 1.0  # seconds: it is the connection that listens which tells first that Redis is away
 
 
 class _Channel:
@@ -50,6 +53,7 @@ class _Channel:
         self.readers = 0
         self.joined = False
         self.lock = anyio.Lock()
+        self._readings: dict[Place, asyncio.Task[tuple[Place, list[Entry]]]] = {}
         self._broker = broker
         self._name = name
         self.forget()
@@ -62,34 +66,41 @@ class _Channel:
     def hear(self, message: bytes) -> None:
         """Something has been published."""
         id, _, wire = message.partition(b" ")
-        place = _place(id)
-        if self.log.epoch == NOWHERE.epoch:
-            self.log.move_to(Place(place.epoch, place.number - 1))
-        self.log.append(place, Event(str(place), wire))
+        if (place := Place.parse(id.decode(errors="replace"))) is not None:  # else it is none of ours
+            self.log.append(place, Event(str(place), wire))
 
     async def ready(self) -> Log:
         """Wait until it is known where the channel is."""
-        while self.log.epoch == NOWHERE.epoch:
-            if self.log.failure is not None:
-                raise self.log.failure
-            await self.log.wait()
+        with self._broker.patiently():
+            while self.log.place == NOWHERE:
+                self.log.check()
+                await self.log.wait()
         return self.log
 
-    # -- the store of its subscribers --------------------------------------------------------
+    async def read(self, place: Place) -> tuple[Place, list[Entry]]:
+        """The store of its subscribers. Those who are at the same place read together: all, after an outage."""
+        if (reading := self._readings.get(place)) is None:
+            reading = self._readings[place] = asyncio.get_running_loop().create_task(self._read(place))
+        return await asyncio.shield(reading)
 
-    async def look(self) -> None:
-        self.log.move_to(_place(await self._broker.ask(LOOK, self._name, self._broker.milliseconds)))
-
-    async def read(self, place: Place) -> list[Numbered]:
-        newest, entries = await self._broker.ask(READ, self._name, str(place), PAGE, self._broker.milliseconds)
-        self.log.move_to(_place(newest))
-        found = [(_place(id), wire) for id, (_, _, _, wire) in entries]
-        return [(at.number, Event(str(at), wire)) for at, wire in found if at.epoch == place.epoch]
+    async def _read(self, place: Place) -> tuple[Place, list[Entry]]:
+        try:
+            log, known = self.log, self.log.place
+            answer = await self._broker.ask_patiently(READ, self._name, str(place), PAGE, self._broker.milliseconds)
+            newest = _place(answer[0])
+            log.move_to(newest, known)
+            return newest, [_entry(_place(id), *fields) for id, fields in answer[1]]
+        finally:
+            del self._readings[place]
 
 
 def _place(id: bytes) -> Place:
     epoch, _, number = id.partition(b"-")
     return Place(int(epoch), int(number))
+
+
+def _entry(place: Place, _: bytes, at: bytes, __: bytes, wire: bytes, *after: bytes) -> Entry:
+    return Entry(place, Event(str(place), wire), _place(after[1]) if after else None)
 
 
 class RedisBroker(Broker):
@@ -129,12 +140,13 @@ class RedisBroker(Broker):
         self.milliseconds = int(max_age * 1000)
         self._channels: dict[str, _Channel] = {}
         self._to_look: set[str] = set()
-        self._work = anyio.Event()
+        self._work = asyncio.Event()
         self._looker: asyncio.Task[None] | None = None
         self._losing: asyncio.TimerHandle | None = None
-        self.failure: BrokerUnavailable | None = None
+        self.failure: str | None = None
 
     async def open(self) -> None:
+        self.failure = None
         await self._link.open()
         await self.runs.open()
         await self.streams.open()
@@ -142,12 +154,11 @@ class RedisBroker(Broker):
 
     async def aclose(self) -> None:
         if self._looker is not None:
-            self._looker.cancel()
-            await asyncio.wait([self._looker])
+            await end(self._looker)
             self._looker = None
         await self.runs.aclose()
         self._changed(None)
-        self._fail(BrokerUnavailable(CLOSED))
+        self._fail(CLOSED)
         await self._link.aclose()
 
     # -- publishing --------------------------------------------------------------------------
@@ -159,6 +170,26 @@ class RedisBroker(Broker):
     async def ask(self, script: str, channel: str, *arguments: object) -> Any:
         (answer,) = await self._link.run(script, ([self._key(channel)], arguments))
         return answer
+
+    async def ask_patiently(self, script: str, channel: str, *arguments: object) -> Any:
+        """As a subscriber does: Redis may be away for a while."""
+        with self.patiently():
+            while True:
+                if self.failure is not None:
+                    raise BrokerUnavailable(self.failure)
+                with suppress(BrokerUnavailable):
+                    return await self.ask(script, channel, *arguments)
+                await asyncio.sleep(AGAIN * random.uniform(0.5, 1))
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Not longer than subscribers wait."""
+        limit = None if self._patience is None else self._patience + SPARE
+        try:
+            with anyio.fail_after(limit):
+                yield
+        except TimeoutError:
+            raise BrokerUnavailable(f"{self._link.name}: no answer") from None
 
     def _key(self, channel: str) -> str:
         return f"{self._prefix}log:{channel}"
@@ -181,12 +212,17 @@ class RedisBroker(Broker):
                     here.joined = True
                     await self._link.join(self._topic(channel), here.hear)
             log = await here.ready()
+            log.forget_old()
             yield Subscription(log, here, Place.parse(after) if after is not None else log.place, lag, slow)
         finally:
             here.readers -= 1
             if not here.readers:
-                with anyio.CancelScope(shield=True):
-                    await self._leave(channel, here)
+                try:
+                    with anyio.CancelScope(shield=True):
+                        await self._leave(channel, here)
+                except BaseException:
+                    self._remember(channel)  # our looker leaves it
+                    raise
 
     async def _leave(self, channel: str, here: _Channel) -> None:
         async with here.lock:
@@ -203,29 +239,44 @@ class RedisBroker(Broker):
         if topic == self.runs.topic:
             self.runs.enter_again()
         elif topic.startswith(self._topic("")):
-            self._to_look.add(topic.removeprefix(self._topic("")))
-            self._work.set()
+            self._remember(topic.removeprefix(self._topic("")))
+
+    def _remember(self, channel: str) -> None:
+        self._to_look.add(channel)
+        self._work.set()
 
     async def _look(self) -> None:
         """Look at what has been joined, and now and then at all channels: what is listened to is not forgotten."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self.max_age / 3
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.max_age / 3):
+                async with asyncio.timeout_at(due):
                     await self._work.wait()
-            if not self._work.is_set():
+            self._work.clear()
+            if loop.time() >= due:
+                due = loop.time() + self.max_age / 3
                 self._to_look.update(self._channels)
-            self._work = anyio.Event()
             while self._to_look:
                 names = [self._to_look.pop() for _ in range(min(LOOKS, len(self._to_look)))]
                 try:
-                    ids = await self._link.run(LOOK, *[([self._key(name)], [self.milliseconds]) for name in names])
+                    await self._look_at({name: self._channels[name] for name in names if name in self._channels})
                 except BrokerUnavailable:
                     self._to_look.update(names)
-                    await asyncio.sleep(AGAIN)
-                else:
-                    for name, id in zip(names, ids, strict=True):
-                        if (here := self._channels.get(name)) is not None and here.joined:
-                            here.log.move_to(_place(id))
+                    await asyncio.sleep(AGAIN * random.uniform(0.5, 1))
+
+    async def _look_at(self, channels: dict[str, _Channel]) -> None:
+        logs = {name: (here.log, here.log.place) for name, here in channels.items() if here.joined}
+        if logs:
+            ids = await self._link.run(LOOK, *[([self._key(name)], [self.milliseconds]) for name in logs])
+            for (log, known), id in zip(logs.values(), ids, strict=True):
+                before = log.place
+                log.move_to(_place(id), known)
+                if log.place != before:
+                    log.unheard = log.last
+        for name, here in channels.items():
+            if not here.readers:  # the last one was interrupted while it left
+                await self._leave(name, here)
 
     def _changed(self, reason: str | None) -> None:
         """Redis has gone, or is back."""
@@ -235,10 +286,9 @@ class RedisBroker(Broker):
         if reason is None:
             self._fail(None)
         elif self._patience is not None:
-            loop = asyncio.get_running_loop()
-            self._losing = loop.call_later(self._patience, self._fail, BrokerUnavailable(reason))
+            self._losing = asyncio.get_running_loop().call_later(self._patience, self._fail, reason)
 
-    def _fail(self, failure: BrokerUnavailable | None) -> None:
+    def _fail(self, failure: str | None) -> None:
         self.failure = failure
         for here in self._channels.values():
             here.log.fail(failure)
