@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from ..events import encode, is_whole
 from ..exceptions import InvalidEvent
@@ -131,7 +131,7 @@ class Broker(ABC):
         self, channel: str, after: str | None, lag: int | None, slow: Slow
     ) -> AbstractAsyncContextManager[Subscription]: ...
 
-    async def __aenter__(self) -> Broker:
+    async def __aenter__(self) -> Self:
         await self.open()
         return self
 
