@@ -611,3 +611,26 @@ async def test_no_task_is_left(redis_server: RedisServer) -> None:
     async with open_at(redis_server, prefix="tasks:") as broker, broker.subscribe("news", "1-1") as events:
         await take(events, 1)
     assert asyncio.all_tasks() == before
+
+
+def test_opened_again_in_another_event_loop(redis_server: RedisServer) -> None:
+    """As tests do with the broker of an application."""
+    broker = open_at(redis_server)
+
+    async def use(text: str) -> None:
+        async with broker, broker.subscribe("loops") as events:
+            async with anyio.create_task_group() as group:  # more than there are connections
+                for _ in range(10):
+                    group.start_soon(broker.publish, "loops", text)
+            assert data(await take(events, 10)) == [text] * 10
+
+    for text in ("first", "second"):
+        asyncio.run(use(text))
+
+
+@on_asyncio
+async def test_opened_twice(redis_server: RedisServer) -> None:
+    async with open_at(redis_server) as broker:
+        with pytest.raises(RuntimeError, match="the broker is open already"):
+            await broker.open()
+        await broker.publish("news", "still there")
