@@ -185,10 +185,10 @@ async def test_away_at_the_start() -> None:
 async def test_too_old(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     broker = open_at(redis_server)
 
-    async def info(section: str) -> dict[str, str]:
+    async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "6.0.16"}
 
-    monkeypatch.setattr(broker._link._commands, "info", info)
+    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
     with pytest.raises(BrokerUnavailable, match=r"Redis 6\.0\.16 is too old, 6\.2 is needed"):
         await broker.open()
 
@@ -205,10 +205,10 @@ async def test_a_cluster_is_told() -> None:
 async def test_a_sentinel_is_told(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     broker = open_at(redis_server)
 
-    async def info(section: str) -> dict[str, str]:
+    async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "7.0.15", "redis_mode": "sentinel"}
 
-    monkeypatch.setattr(broker._link._commands, "info", info)
+    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
     with pytest.raises(BrokerUnavailable, match="this is a sentinel"):
         await broker.open()
 
