@@ -34,6 +34,7 @@ from fastapi_cancel.testing.stepping import Interruption, stepped
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+on_trio = pytest.mark.parametrize("anyio_backend", ["trio"])
 
 SHORT = 0.001
 LONG = 60
@@ -150,11 +151,10 @@ async def and_the_next_one_shielded() -> None:
 async def test_a_cleanup_that_is_killed(anyio_backend: str, kill: Callable[[], Awaitable[None]], where: str) -> None:
     """AnyIO's and Trio's cancellation is level-triggered: a cleanup ends at its first await."""
     visit = await visited(kill)
-    if kill is in_the_same_function and anyio_backend == "trio":
-        assert visit.faults == []  # Trio does not tell this from a cleanup that limits itself
-        return
-    assert lines(visit)[0] == "cleanup killed: interrupted again while it handled an interruption, at"
-    assert lines(visit)[-1].endswith(f" in {where}")
+    assert {*kinds(visit)} == {"cleanup killed"}
+    for fault in visit.faults:
+        assert fault.text.startswith("interrupted again while it handled an interruption, at\n")
+        assert fault.text.endswith(f" in {where}")
 
 
 @on_asyncio
@@ -228,6 +228,17 @@ async def its_own_limit_in_another_function() -> None:
         await cleanup()
 
 
+async def its_own_limit_that_raises_and_more_to_do() -> None:
+    """The limit is a generator, to which the second interruption comes from the function that it limits."""
+    try:
+        await anyio.sleep(LONG)
+    finally:
+        with suppress(TimeoutError), anyio.fail_after(SHORT, shield=True):
+            await anyio.sleep(LONG)
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(SHORT)
+
+
 async def its_own_group() -> None:
     async def ends(group: Any) -> None:
         await anyio.sleep(SHORT)
@@ -244,13 +255,74 @@ async def its_own_group() -> None:
 
 
 @pytest.mark.parametrize(
-    "work", [its_own_limit, its_own_limit_that_raises, its_own_limit_in_another_function, its_own_group]
+    "work",
+    [
+        its_own_limit,
+        its_own_limit_that_raises,
+        its_own_limit_that_raises_and_more_to_do,
+        its_own_limit_in_another_function,
+        its_own_group,
+    ],
 )
 async def test_a_cleanup_that_limits_itself_is_not_killed(
     anyio_backend: str, work: Callable[[], Awaitable[None]]
 ) -> None:
     visit = await served(work, cancellable=True).get("/", leave=at_wait(1))
     assert (visit.cause, visit.faults) == ("disconnect", [])
+
+
+async def its_own_limit_within_its_own_limit() -> None:
+    try:
+        await anyio.sleep(LONG)
+    finally:
+        with anyio.move_on_after(SHORT, shield=True):
+            try:
+                await anyio.sleep(LONG)
+            finally:
+                await anyio.sleep(SHORT)
+
+
+async def its_own_limit_without_a_shield() -> None:
+    try:
+        await anyio.sleep(LONG)
+    finally:
+        with anyio.move_on_after(LONG):
+            await anyio.sleep(SHORT)
+
+
+@on_trio
+@pytest.mark.parametrize("work", [its_own_limit_within_its_own_limit, its_own_limit_without_a_shield])
+async def test_a_limit_that_protects_no_cleanup(anyio_backend: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Trio tells it from one that does by the scope that interrupts."""
+    visit = await served(work, cancellable=True).get("/", leave=at_wait(1))
+    assert (kinds(visit), visit.faults[0].text.endswith(f" in {work.__name__}")) == (["cleanup killed"], True)
+
+
+@on_trio
+async def test_who_is_cancelled_by_a_cleanup_cleans_up_for_the_first_time(anyio_backend: str) -> None:
+    """A ``Cancelled`` of Trio brings along what its sender was handling."""
+
+    async def work() -> None:
+        inner = anyio.CancelScope()
+
+        async def other() -> None:
+            with inner:
+                try:
+                    await anyio.sleep(LONG)
+                finally:
+                    with anyio.move_on_after(LONG, shield=True):
+                        await anyio.sleep(SHORT)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(other)
+            await anyio.sleep(SHORT)
+            with anyio.move_on_after(SHORT):
+                try:
+                    await anyio.sleep(LONG)
+                finally:
+                    inner.cancel()
+
+    assert (await visited(work)).faults == []
 
 
 @on_asyncio

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
 from functools import partial
@@ -58,6 +58,10 @@ class Backend(ABC):
     @abstractmethod
     def interruption(self, value: Any) -> BaseException | None:
         """The cancellation that a wait has ended with, if it did."""
+
+    @abstractmethod
+    def scopes(self) -> Collection[Any]:
+        """Those that cancel the running task, where that can be seen."""
 
     @abstractmethod
     def alive(self, task: Any) -> bool:
@@ -192,6 +196,9 @@ class AsyncioBackend(Backend):
     def interruption(self, value: Any) -> BaseException | None:
         return value if isinstance(value, asyncio.CancelledError) else None
 
+    def scopes(self) -> Collection[Any]:
+        return ()
+
     def alive(self, task: Any) -> bool:
         return not task.done()
 
@@ -270,6 +277,15 @@ class TrioBackend(Backend):
     def interruption(self, value: Any) -> BaseException | None:
         error = getattr(value, "error", None)  # Trio sends outcomes
         return error if isinstance(error, BaseException) and is_interruption(error) else None
+
+    def scopes(self) -> Collection[Any]:
+        found = []
+        status = sys.modules["trio"].lowlevel.current_task()._cancel_status
+        while status is not None:
+            if status._scope._cancel_called:
+                found.append(status._scope)
+            status = None if status._scope._shield else status._parent
+        return found
 
     def alive(self, task: Any) -> bool:
         return task.coro.cr_frame is not None

@@ -89,10 +89,11 @@ def stack_of(exc: BaseException) -> Stack:
 
 def stack_of_waiting(waiting: Any) -> Stack:
     """Where a suspended coroutine or asynchronous generator waits."""
-    return tuple(site_of(frame) for frame in _frames(waiting))
+    return tuple(site_of(frame) for frame in frames_of_waiting(waiting))
 
 
-def _frames(waiting: Any) -> Iterator[FrameType]:
+def frames_of_waiting(waiting: Any) -> Iterator[FrameType]:
+    """The functions in which it waits, the innermost one last."""
     while waiting is not None:
         for kind, inner in (("cr", "cr_await"), ("ag", "ag_await"), ("gi", "gi_yieldfrom")):
             if (frame := getattr(waiting, f"{kind}_frame", None)) is not None:
