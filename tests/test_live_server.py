@@ -24,7 +24,7 @@ from fastapi_cancel.testing import live as live_module
 from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
 from fastapi_cancel.testing.live import LiveServer, LiveServerError, free_port
-from fastapi_cancel.testing.recorder import Recorder, read_visits
+from fastapi_cancel.testing.recorder import Recorder, VisitsFile
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
@@ -510,7 +510,8 @@ async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
         await connection.run(probe)
         assert (connection.status, connection.body) == (200, body)
     with anyio.fail_after(DEADLINE):
-        while [visit.ended is not None for visit in read_visits(visits)] != [True]:  # of the one that was passed on
+        passed_on = VisitsFile(visits)
+        while [visit.ended is not None for visit in passed_on.visits()] != [True]:
             await anyio.sleep(0.01)
 
 

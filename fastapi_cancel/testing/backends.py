@@ -99,8 +99,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run ``function`` by itself, for nobody's request."""
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]], at_last: Callable[[], object]) -> None:
+        """Run ``function`` by itself, for nobody's request.
+
+        :param at_last: called when it has ended, or the event loop has before
+        """
 
     async def _end(self, running: Running, record: Record | None, patience: float) -> None:
         if not running.ended.is_set():
@@ -215,10 +218,11 @@ class AsyncioBackend(Backend):
     def wake(self, task: Any) -> None:
         task.cancel()
 
-    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]], at_last: Callable[[], object]) -> None:
         task = self._loop.create_task(function(), context=Context())
         self._aside.add(task)
         task.add_done_callback(self._aside.discard)
+        task.add_done_callback(lambda _: at_last())
 
     @asynccontextmanager
     async def running(
@@ -299,8 +303,15 @@ class TrioBackend(Backend):
         if (abort := task._abort_func) is not None and abort(_drop) is trio.lowlevel.Abort.SUCCEEDED:
             trio.lowlevel.reschedule(task, sys.modules["outcome"].Error(Dropped()))
 
-    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        sys.modules["trio"].lowlevel.spawn_system_task(function, context=Context())
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]], at_last: Callable[[], object]) -> None:
+        async def run() -> None:
+            try:
+                with anyio.CancelScope(shield=True):  # Trio cancels its system tasks once the main one is over
+                    await function()
+            finally:
+                at_last()
+
+        sys.modules["trio"].lowlevel.spawn_system_task(run, context=Context())
 
     async def _run(self, running: Running, scope: anyio.CancelScope, work: Coroutine[Any, Any, None]) -> None:
         running.task = sys.modules["trio"].lowlevel.current_task()
