@@ -8,6 +8,8 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from contextvars import Context
@@ -1094,15 +1096,36 @@ async def test_two_readers_of_a_body(anyio_backend: str) -> None:
     assert text[1].endswith(" in read") and text[2] == "  and at" and text[3].endswith(" in read")
 
 
-async def test_two_readers_after_a_body(anyio_backend: str) -> None:
-    """They wait for their client to leave."""
+async def test_two_readers_of_which_one_gets_it_all(anyio_backend: str) -> None:
+    """The other one waits for what will never come."""
 
     async def waits(receive: Receive) -> None:
         await read(receive)
         await receive()
 
-    visit = await LeavingClient(reading(waits, waits), server="gunicorn").post("/", content=b"piece")
-    assert visit.faults == []
+    visit = await LeavingClient(reading(waits, read), server="gunicorn").post("/", content=b"piece")
+    text = lines(visit)
+    assert text[0] == "body stolen: two readers at once, at"
+    assert text[1].endswith(".waits") and text[-1].endswith(" in read")
+
+
+async def test_a_look_beside_a_reader_after_the_body_takes_nothing(anyio_backend: str) -> None:
+    """A ``StreamingResponse`` listens while its content asks. Both are told."""
+    app = FastAPI()
+
+    @app.post("/")
+    async def upload(request: Request) -> StreamingResponse:
+        async def rows() -> AsyncIterator[bytes]:
+            while not await request.is_disconnected():
+                yield b"row"
+                with anyio.CancelScope(shield=True):
+                    await anyio.sleep(SHORT)
+
+        await request.body()
+        return StreamingResponse(rows())
+
+    visit = await LeavingClient(app).post("/", content=b"piece", leave=after_chunks(2))
+    assert "body stolen" not in kinds(visit)
 
 
 async def test_one_reader_after_the_other(anyio_backend: str) -> None:
@@ -1209,6 +1232,43 @@ async def test_each_thread_has_its_own_watch(anyio_backend: str) -> None:
         await anyio.to_thread.run_sync(in_a_thread)
         visit.leave()
     assert kinds_there == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_two_threads_that_do_not_end_in_the_order_in_which_they_began() -> None:
+    """The hook for what Python can only print is of them both."""
+    before = sys.unraisablehook
+    first_has_begun, second_has_begun, first_is_over = threading.Event(), threading.Event(), threading.Event()
+
+    async def waits() -> None:
+        first_has_begun.set()
+        assert second_has_begun.wait(DEADLINE)
+
+    async def breaks() -> None:
+        second_has_begun.set()
+        assert first_is_over.wait(DEADLINE)
+        Broken()
+
+    def first() -> None:
+        assert anyio.run(visited, waits).faults == []
+        first_is_over.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert first_has_begun.wait(DEADLINE)
+    assert kinds(anyio.run(visited, breaks)) == ["logged"]
+    thread.join()
+    assert sys.unraisablehook is before
+
+
+def test_a_watch_keeps_no_event_loop() -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(visited(partial(cleaning, SHORT)))
+    loop.close()
+    reference = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert reference() is None
 
 
 def test_a_watch_without_hooks_of_others() -> None:
