@@ -22,11 +22,12 @@ import pytest
 import redis.asyncio as redis
 from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.sse import EventSourceResponse as NativeEventSourceResponse
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute
-from fastapi_cancel.testing import Habits, LeavingClient, Moment, Patience, Visit, after_chunks, at_wait
+from fastapi_cancel.testing import Habits, LeavingClient, Moment, Patience, Visit, after_chunks, at_wait, before_body
 from fastapi_cancel.testing import watching as module
 from fastapi_cancel.testing.backends import AsyncioBackend
 from fastapi_cancel.testing.pools import checked, in_use, name
@@ -300,6 +301,39 @@ async def test_a_limit_that_protects_no_cleanup(anyio_backend: str, work: Callab
     assert (kinds(visit), visit.faults[0].text.endswith(f" in {work.__name__}")) == (["cleanup killed"], True)
 
 
+async def on_its_own_account() -> None:
+    with anyio.move_on_after(SHORT):
+        await anyio.sleep(LONG)
+    with anyio.CancelScope(shield=True):
+        await anyio.sleep(SHORT)
+
+
+async def for_somebody_else() -> None:
+    await anyio.sleep(LONG)
+
+
+@pytest.mark.parametrize(("cleanup", "found"), [(on_its_own_account, []), (for_somebody_else, ["cleanup killed"])])
+async def test_a_cleanup_after_a_news_that_was_read(
+    anyio_backend: str, cleanup: Callable[[], Awaitable[None]], found: list[str]
+) -> None:
+    """Starlette's ``ClientDisconnect`` interrupts as a cancellation does, but once only."""
+    app = FastAPI()
+
+    async def read(request: Request) -> None:
+        try:
+            await request.body()
+        except ClientDisconnect:
+            await cleanup()
+
+    @app.post("/")
+    async def upload(request: Request) -> None:
+        with anyio.move_on_after(0.05):
+            await read(request)
+
+    visit = await LeavingClient(app).post("/", content=slowly(), leave=before_body())
+    assert kinds(visit) == found
+
+
 @on_trio
 async def test_who_is_cancelled_by_a_cleanup_cleans_up_for_the_first_time(anyio_backend: str) -> None:
     """A ``Cancelled`` of Trio brings along what its sender was handling."""
@@ -422,7 +456,7 @@ async def test_a_task_that_was_cancelled_is_awaited(anyio_backend: str) -> None:
 def test_an_interruption_without_a_traceback() -> None:
     """Somebody has made a context by hand."""
     second = asyncio.CancelledError()
-    interruption = Interruption(second, 1, True)
+    interruption = Interruption(second, 1)
     second.__context__ = KeyError()
     second.__context__.__context__ = asyncio.CancelledError()
     assert interruption.has_killed(2, over=False) is None
@@ -442,7 +476,7 @@ def test_a_kill_in_nobodys_code() -> None:
 
 def test_contexts_in_a_circle() -> None:
     second, error = asyncio.CancelledError(), KeyError()
-    interruption = Interruption(second, 1, True)
+    interruption = Interruption(second, 1)
     second.__context__ = error
     error.__context__ = second.__context__
     assert interruption.has_killed(0, over=True) is False
@@ -1207,7 +1241,7 @@ def test_each_event_loop_has_its_own_watch() -> None:
     left: list[Any] = []
 
     async def enters() -> None:
-        visit = served(cleaning).visit("GET", "/")
+        visit = served(cleaning, patience=Patience(whole=0.01)).visit("GET", "/")
         left.append(visit)
         await visit.__aenter__()
 

@@ -92,14 +92,12 @@ class Interruption:
 
     :param exc: as it arrives
     :param requests: to cancel the task, before this one
-    :param counted: whether these are counted
-    :param again: whether it comes from a scope that has interrupted the task before
+    :param again: whether it comes from a scope that has interrupted the task before; ``None``: requests are counted
     """
 
-    def __init__(self, exc: BaseException, requests: int, counted: bool, again: bool = False) -> None:
+    def __init__(self, exc: BaseException, requests: int, again: bool | None = None) -> None:
         self.exc = exc
         self._requests = requests
-        self._counted = counted
         self._again = again
         self._brought = exc.__context__
         self.later: list[BaseException] = []
@@ -112,15 +110,15 @@ class Interruption:
         :param waiting: the functions in which it waits
         """
         first = self._first()
-        if not self._counted and (first is None or type(first) is type(self.exc)):
-            return first is not None and self._again
         if first is not None:
+            if self._again is not None and type(first) is type(self.exc):
+                return self._again
             if _outlives(self.exc, first, waiting):
                 return True
             if _outlives(first, self.exc, waiting):
                 return False
-        if not self._counted:
-            return False if over else None
+        if self._again is not None:
+            return False if first is None or over else None
         if requests > self._requests and not over:
             return None
         return first is not None and requests != self._requests and _scope(first) == _scope(self.exc)
@@ -203,7 +201,8 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
                 for suspect in suspects:
                     suspect.later.append(arrived)
                 scopes = seam.scopes()
-                suspects.append(Interruption(arrived, before, seam.counts, not interrupted_by.isdisjoint(scopes)))
+                again = None if seam.counts else not interrupted_by.isdisjoint(scopes)
+                suspects.append(Interruption(arrived, before, again))
                 interrupted_by.update(scopes)
             if told.dropped and arrived is not None:
                 step, value = work.throw, Dropped()
