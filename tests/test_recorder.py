@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute
 from fastapi_cancel.testing import Fault, LeavingClient, after_start, at_wait
@@ -115,16 +115,25 @@ async def test_requests_of_several_workers_share_the_file(file: Path) -> None:
     assert [visit.path for visit in await visits_of(first, file, 3)] == ["/hello", "/hello", "/work"]
 
 
-async def test_a_client_that_leaves_a_complete_response_has_not_left(file: Path) -> None:
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"type": "http.response.body", "body": b"", "more_body": False},
+        {"type": "http.response.pathsend", "path": __file__},
+    ],
+    ids=["body", "file"],
+)
+async def test_a_client_that_leaves_a_complete_response_has_not_left(file: Path, last: Message) -> None:
     async def curious(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"all", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if last["type"] == "http.response.body":
+            await send({"type": "http.response.body", "body": b"all", "more_body": True})
+        await send(last)
         while (await receive())["type"] != "http.disconnect":
             pass
 
     recorder = Recorder(curious, file)
-    await LeavingClient(recorder).get("/")
+    await LeavingClient(recorder, server="granian").get("/")
     (visit,) = await visits_of(recorder, file)
     assert visit.left is None
 
