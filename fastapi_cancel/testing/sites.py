@@ -98,10 +98,13 @@ def frames_of_waiting(waiting: Any) -> Iterator[FrameType]:
         for kind, inner in (("cr", "cr_await"), ("ag", "ag_await"), ("gi", "gi_yieldfrom")):
             if (frame := getattr(waiting, f"{kind}_frame", None)) is not None:
                 yield frame
-                waiting = getattr(waiting, inner)
+                # Asked what it waits for while it runs, Python 3.11 may answer with an object that is gone. Of an
+                # asynchronous generator nobody can tell; but what waits for one that runs, runs.
+                runs = kind != "ag" and getattr(waiting, f"{kind}_running")
+                waiting = None if runs else getattr(waiting, inner)
                 if waiting is None and frame.f_code.co_name in BY_HAND:
                     waiting = frame.f_locals.get("work")
-                elif waiting is None and frame.f_code.co_qualname == AHEAD:
+                elif waiting is None and frame.f_code.co_qualname == AHEAD and not runs:
                     waiting = frame.f_locals["steps"]
                 break
         else:  # the awaitable of an `__anext__` keeps its generator to itself
