@@ -542,7 +542,7 @@ async def test_where_work_that_has_not_begun_waits(anyio_backend: str) -> None:
 
 
 def test_where_work_that_runs_waits() -> None:
-    """Nowhere. To ask Python 3.11 what it waits for can end in a segmentation fault: test_routing, then test_channel."""
+    """Nowhere, and Python 3.11 is not to be asked: test_routing and test_channel in one process crashed."""
 
     class Running:
         cr_running = True
