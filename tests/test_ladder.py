@@ -640,7 +640,8 @@ async def test_a_request_leaves_no_reference_cycle(kind: str) -> None:
         await asyncio.sleep(60)
 
     await host(cancelled)
-    gc.collect()
+    while gc.collect() > 9:  # what other tests have left may take more than one go: some of it has finalizers
+        pass
     gc.disable()
     try:
         for _ in range(10):
