@@ -1,4 +1,4 @@
-"""A real Redis server on a free port."""
+"""A real Redis, or Valkey, server on a free port."""
 
 from __future__ import annotations
 
@@ -17,22 +17,37 @@ from .conftest import DEADLINE
 
 
 class RedisServer:
-    """A process of its own, with a directory of its own. Ended by its process id."""
+    """A process of its own, with a directory of its own. Ended by its process id.
 
-    def __init__(self) -> None:
-        program = shutil.which("redis-server")
-        assert program is not None, "these tests need redis-server (Debian's package is called so)"
+    :param options: for its command line, such as ``"--appendonly yes"``; without any it keeps nothing on disk
+    :param program: ``"redis-server"`` or ``"valkey-server"``
+    """
+
+    def __init__(self, options: str = "", program: str = "redis-server") -> None:
+        found = shutil.which(program)
+        assert found is not None, f"these tests need {program} (Debian's package is called so)"
+        self._program = found
+        self._options = options.split()
         self.directory = tempfile.TemporaryDirectory()
         for _ in range(3):  # another process may take the port between our look and the server's
             self.port = free_port()
-            options = f"--port {self.port} --bind 127.0.0.1 --dir {self.directory.name} --save".split()
-            self._process = subprocess.Popen(
-                [program, *options, "", "--logfile", "log"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            if self._answers():
+            if self.start():
                 return
         self.directory.cleanup()
-        raise AssertionError("redis-server did not start")
+        raise AssertionError(f"{program} did not start")
+
+    def start(self) -> bool:
+        """Again after :meth:`kill`: at the same port, with what it finds in its directory. Whether it answers."""
+        options = f"--port {self.port} --bind 127.0.0.1 --dir {self.directory.name} --logfile log --save".split()
+        self._process = subprocess.Popen(
+            [self._program, *options, "", *self._options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        return self._answers()
+
+    def kill(self) -> None:
+        """As ``kill -9`` does."""
+        self._process.kill()
+        self._process.wait(DEADLINE)
 
     def _answers(self) -> bool:
         end = time.monotonic() + DEADLINE

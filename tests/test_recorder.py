@@ -19,8 +19,6 @@ from fastapi_cancel.testing.recorder import Recorder, ServedVisit, VisitsFile
 from fastapi_cancel.testing.records import Record
 from fastapi_cancel.testing.stepping import Dropped
 
-from .asgi import Connection
-
 pytestmark = pytest.mark.anyio
 
 app = FastAPI()
@@ -163,8 +161,19 @@ async def test_a_native_cancellation_is_no_error(file: Path) -> None:
 def test_a_request_that_ends_with_its_event_loop(file: Path, anyio_backend: str) -> None:
     """Which cancels the recorder's own task as soon as the main one is over. If anybody were watched for ever, nobody
     would see what refers to the objects that were frozen for that: Hypothesis warns of Trio's random numbers."""
-    recorder = Recorder(app, file)
-    anyio.run(Connection("/hello").run, recorder, backend=anyio_backend)
+
+    async def main() -> None:
+        nothing: Any = anyio.sleep_forever
+        await Recorder(answers, file)({"type": "http", "method": "GET", "path": "/"}, nothing, drops)
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+    async def drops(message: Message) -> None:
+        pass
+
+    anyio.run(main, backend=anyio_backend)
     (visit,) = VisitsFile(file).visits()
     assert visit.ended is not None and visit.faults == []
     assert gc.get_freeze_count() == 0  # and nobody is watched any more

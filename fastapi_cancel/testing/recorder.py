@@ -130,8 +130,8 @@ class _Recorded:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-        elif message["type"] in ("http.response.body", "http.response.pathsend"):
-            self._completed = not message.get("more_body", False)
+        ends = message["type"] in ("http.response.body", "http.response.pathsend") and not message.get("more_body")
+        self._completed = self._completed or ends
         with _of_the_server():
             await self._send(message)
 
