@@ -25,7 +25,7 @@ from fastapi_cancel.testing import live as live_module
 from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
 from fastapi_cancel.testing.live import LiveServer, LiveServerError, free_port
-from fastapi_cancel.testing.recorder import Recorder, read_visits
+from fastapi_cancel.testing.recorder import Recorder, VisitsFile
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
@@ -532,7 +532,8 @@ async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
         visit = await LeavingClient(probe).get(path)
         assert (visit.status, visit.body) == (200, body)
     with anyio.fail_after(DEADLINE):
-        while [visit.ended is not None for visit in read_visits(visits)] != [True]:  # of the one that was passed on
+        passed_on = VisitsFile(visits)
+        while [visit.ended is not None for visit in passed_on.visits()] != [True]:
             await anyio.sleep(0.01)
 
 
