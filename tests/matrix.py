@@ -68,26 +68,41 @@ HTTP1 = [column.name for column in COLUMNS if not column.http2]
 HTTP2 = [column.name for column in COLUMNS if column.http2]
 
 
-class Served:
-    """The server of a column, behind so many layers. It starts when it is first needed."""
+class Servers:
+    """One runs at a time: the one that was asked for last."""
 
-    def __init__(self, column: Column, layers: int) -> None:
-        self.column = column
-        self.layers = layers
+    def __init__(self) -> None:
+        self._asked: tuple[str, int] | None = None
         self._running: LiveServer | None = None
-        self._stack = ExitStack()
 
-    @property
-    def live(self) -> LiveServer:
-        if self._running is None:
-            app, env = "tests.matrix_app:app", {"MIDDLEWARE": str(self.layers)}
-            self._running = self._stack.enter_context(LiveServer(app, self.column.server, env=env, access_log=True))
-        return self._running
+    def get(self, column: str, layers: int) -> Served:
+        """The server of a column, behind so many layers. It goes on as long as it is asked for."""
+        if self._running is None or self._asked != (column, layers):
+            self.end()
+            server, env = column_named(column).server, {"MIDDLEWARE": str(layers)}
+            live = LiveServer("tests.matrix_app:app", server, env=env, access_log=True)
+            live.start()
+            self._asked, self._running = (column, layers), live
+        return Served(column_named(column), layers, self._running)
 
     def end(self) -> None:
-        """The next test gets another one."""
-        self._running = None
-        self._stack.close()
+        """The next one that is asked for is a new one."""
+        if self._running is not None:
+            self._running, live = None, self._running
+            live.__exit__(None, None, None)
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+
+@dataclass(frozen=True)
+class Served:
+    column: Column
+    layers: int
+    live: LiveServer
 
 
 class Cell:
