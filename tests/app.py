@@ -20,7 +20,7 @@ from fastapi.sse import EventSourceResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import (
     CancellableFileResponse,
@@ -65,14 +65,28 @@ class Observed:
         if path == "/reset":
             reset()
         if path in ("/stats", "/reset"):
-            observed = {**state, "tasks": tasks(), "memory": memory()}
+            waits = time.monotonic() - sending[0] if sending else 0.0
+            observed = {**state, "sending": waits, "tasks": tasks(), "memory": memory()}
             return await JSONResponse(observed)(scope, receive, send)
+
+        async def observed_send(message: Message) -> None:
+            began = time.monotonic()
+            sending.append(began)
+            try:
+                await send(message)
+            finally:
+                sending.remove(began)
+
         counts = scope["type"] == "http"
         state["running"] += counts
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, observed_send)
         finally:
             state["running"] -= counts
+
+
+sending: list[float] = []
+"""Since when each ``send`` to the server waits, the longest first."""
 
 
 for _ in range(int(os.environ.get("MIDDLEWARE", "0"))):
@@ -271,8 +285,6 @@ async def flooding() -> AsyncIterator[bytes]:
     state["started"] += 1
     try:
         while True:
-            state["asked_at"] = time.monotonic()
-            state["seen"][:] = [state["asked_at"]]
             yield b"x" * 65536
     finally:
         await cleanup()
@@ -364,13 +376,18 @@ async def many_tasks() -> None:
 
     async def job() -> None:
         try:
-            await asyncio.sleep(60)
+            await anyio.sleep_forever()
         finally:
-            await asyncio.sleep(0.05)
+            await cleanup(0.05)
             state["seen"].append("job")
 
     try:
-        await asyncio.gather(job(), asyncio.create_task(job()), return_exceptions=True)
+        if sniffio.current_async_library() == "trio":
+            async with anyio.create_task_group() as group:
+                group.start_soon(job)
+                group.start_soon(job)
+        else:
+            await asyncio.gather(job(), asyncio.create_task(job()), return_exceptions=True)
     finally:
         await cleanup()
 

@@ -116,7 +116,6 @@ async def _flooding(number: int, sizes: list[int], pause: bool = True) -> AsyncG
             if pause:
                 await anyio.sleep(0.0005)
             for size in sizes:
-                state["asked_at"] = time.monotonic()
                 yield "x" * size
     finally:
         await mark(number, "generator")
