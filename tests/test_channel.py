@@ -598,7 +598,7 @@ async def test_a_disconnect_while_the_last_message_goes_out_is_the_end(monkeypat
         await turns()
         await answer(send)
         await anyio.sleep(0.05)
-        raise OSError("the background task's own")
+        raise ClientGone("another client, of the background task")
 
     async with asked(protected(work, write=write), "error") as visit:
         pass
