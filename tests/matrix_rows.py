@@ -262,11 +262,12 @@ def def_handler(cell: Cell) -> None:
 
 @row("C9", "synchronous generators are closed in a thread")
 def sync_generators(cell: Cell) -> None:
-    requests = [cell.open(path) for path in ("/sync-stream", "/plain-sync-stream", "/sync-sse", "/sync-json-lines")]
-    for request in requests:
+    for number, path in enumerate(("/sync-stream", "/plain-sync-stream", "/sync-sse", "/sync-json-lines"), 1):
+        (request,) = cell.begin(path)
         request.until(b"first")
-    leave(*requests)
-    assert cell.until(cleaned=4)["seen"] == [True] * 4
+        leave(request)
+        assert cell.until(cleaned=number)["seen"] == [True] * number
+        cell.over(path)
 
 
 @row("C10", "a transaction rolls back in a `yield` dependency")
