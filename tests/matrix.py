@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -17,6 +17,12 @@ PAGE = ROOT / "docs" / "servers.md"
 BEGIN, END = "<!-- matrix: begin, written by tests/test_matrix.py -->", "<!-- matrix: end -->"
 LAYERS = (0, 5)  # of BaseHTTPMiddleware
 HOLDS, FAILS, NOTHING = "✓", "✗", "–"
+LEGEND = (
+    f"{HOLDS} holds, {FAILS} does not, {NOTHING} cannot be asked for; without / with the five layers, where that "
+    "matters; the numbers are those of the notes"
+)
+SECTIONS = {"Detecting": 6, "Ending": 15, "Streams": 22, "Policies": 99}
+"""Of the contract: the last line of each."""
 
 Protocol: TypeAlias = Literal["HTTP/1", "HTTP/2"]
 
@@ -26,20 +32,23 @@ class Column:
     """A server, and how its clients speak to it.
 
     :ivar server: as LiveServer calls it
-    :ivar title: as the table does
+    :ivar title: as the page does
+    :ivar options: of the server
     """
 
     name: str
     server: str
     title: str
     protocol: Protocol = "HTTP/1"
+    options: tuple[str, ...] = ()
 
 
 COLUMNS = [
     Column("uvicorn", "uvicorn", "uvicorn"),
     Column("uvicorn-h11", "uvicorn-h11", "uvicorn h11"),
     Column("uvicorn-uvloop", "uvicorn-uvloop", "uvicorn uvloop"),
-    Column("gunicorn", "gunicorn", "gunicorn `asgi`"),
+    # It cancels what waits in `send` for a client that has gone, after 3 seconds as it comes.
+    Column("gunicorn", "gunicorn", "gunicorn `asgi`", options=("--asgi-disconnect-grace-period", "1")),
     Column("gunicorn-uvicorn", "gunicorn-uvicorn", "gunicorn `uvicorn_worker`"),
     Column("hypercorn", "hypercorn", "Hypercorn"),
     Column("hypercorn-trio", "hypercorn-trio", "Hypercorn Trio"),
@@ -56,7 +65,7 @@ COLUMNS = [
 class Row:
     """A line of the contract.
 
-    :ivar number: of the line
+    :ivar number: of the line; 99 of what is not one of the contract
     :ivar text: for the page
     :ivar check: raises if it does not hold
     :ivar protocol: the only one where it can be asked for, if there is one
@@ -64,11 +73,14 @@ class Row:
     """
 
     name: str
-    number: str
+    number: int
     text: str
     check: Callable[[Cell], None]
     protocol: Protocol | None = None
     stops: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.protocol})" if self.protocol else self.text
 
 
 @dataclass(frozen=True)
@@ -136,33 +148,25 @@ class Matrix:
     def told(self) -> str:
         """All of it, in Markdown."""
         notes: list[str] = []
-        shown = {
-            row: [self._shown(row, column, notes) for column in self.columns.values()] for row in self.rows.values()
-        }
+        in_order = sorted(self.rows.values(), key=lambda row: row.number)
+        shown = {row: [self._shown(row, column, notes) for column in self.columns.values()] for row in in_order}
         same = [row for row, marks in shown.items() if {*marks} <= {HOLDS, NOTHING}]
-        groups: dict[tuple[str, ...], list[str]] = {}  # columns that read the same
+        others = [row for row in shown if row not in same]
+        alike: dict[tuple[str, ...], list[str]] = {}  # columns that read the same
         for number, column in enumerate(self.columns.values()):
-            marks = tuple(marks[number] for row, marks in shown.items() if row not in same)
-            groups.setdefault(marks, []).append(column.title)
-        return "\n".join(
-            [
-                "The same everywhere:",
-                "",
-                *(f"- {_line(row)}" for row in same),
-                "",
-                f"Not the same ({HOLDS} holds, {FAILS} does not, {NOTHING} cannot be asked for; "
-                f"0 layers / 5 layers where it matters; the numbers are those of the notes):",
-                "",
-                _cells(["", *map("<br>".join, groups.values())]),
-                _cells(["---"] * (len(groups) + 1)),
-                *(
-                    _cells([_line(row), *(marks[number] for marks in groups)])
-                    for number, row in enumerate(row for row in shown if row not in same)
-                ),
-                "",
-                *(f"{number}. {note}" for number, note in enumerate(notes, 1)),
-            ]
-        )
+            alike.setdefault(tuple(shown[row][number] for row in others), []).append(column.title)
+        lines = ["The same everywhere:"]
+        for section, rows in groupby(same, _section):
+            lines += ["", f"**{section}**", "", *(f"- {row}" for row in rows)]
+        lines += ["", f"Not the same ({LEGEND}):", "", _cells(["", *map("<br>".join, alike.values())])]
+        lines += [_cells(["---"] * (len(alike) + 1))]
+        number = 0
+        for section, rows in groupby(others, _section):
+            lines += [_cells([f"**{section}**", *[""] * len(alike)])]
+            for row in rows:
+                lines += [_cells([str(row), *(marks[number] for marks in alike)])]
+                number += 1
+        return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
 
     def _shown(self, row: Row, column: Column, notes: list[str]) -> str:
         if row.protocol not in (None, column.protocol):
@@ -179,10 +183,8 @@ class Matrix:
         return " / ".join(dict.fromkeys(shown))
 
 
-def _line(row: Row) -> str:
-    number = f"{row.number}: " if row.number else ""
-    protocol = f" ({row.protocol})" if row.protocol else ""
-    return f"{number}{row.text}{protocol}"
+def _section(row: Row) -> str:
+    return next(name for name, last in SECTIONS.items() if row.number <= last)
 
 
 def _cells(cells: Sequence[str]) -> str:

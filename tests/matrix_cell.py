@@ -32,11 +32,11 @@ class Servers:
         self._asked: tuple[str, int] | None = None
         self._running: LiveServer | None = None
 
-    def get(self, server: str, layers: int) -> LiveServer:
+    def get(self, server: str, layers: int, options: Sequence[str] = ()) -> LiveServer:
         """One that runs ``APP`` behind so many layers. It goes on for as long as it is asked for, and not ended."""
         if self._running is None or self._asked != (server, layers):
             self.end()
-            live = LiveServer(APP, server, env={"MIDDLEWARE": str(layers)}, access_log=True)
+            live = LiveServer(APP, server, options=options, env={"MIDDLEWARE": str(layers)}, access_log=True)
             live.start()
             self._asked, self._running = (server, layers), live
         return self._running

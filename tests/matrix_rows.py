@@ -25,7 +25,7 @@ Check = Callable[[Cell], None]
 
 
 def row(
-    number: str, text: str, name: str = "", *, protocol: Protocol | None = None, stops: bool = False
+    number: int, text: str, name: str = "", *, protocol: Protocol | None = None, stops: bool = False
 ) -> Callable[[Check], Check]:
     """A line of the contract, and what the page calls it."""
 
@@ -39,13 +39,13 @@ def row(
 # -- detecting -----------------------------------------------------------------------------------
 
 
-@row("C2", "`request.is_disconnected()` turns true")
+@row(2, "`request.is_disconnected()` turns true")
 def is_disconnected(cell: Cell) -> None:
     leave(*cell.begin("/poll"))
     assert cell.until(cleaned=1)["seen"] == ["disconnected"]
 
 
-@row("C4", "an upload that is cut ends its reading, and the work")
+@row(4, "an upload that is cut ends its reading, and the work")
 def upload_cut(cell: Cell) -> None:
     request = cell.open("/upload", "POST", b"x" * 1000, of=MIB)
     cell.until(seen=lambda seen: seen[:1] == [1000])
@@ -53,7 +53,7 @@ def upload_cut(cell: Cell) -> None:
     assert cell.until(cleaned=1)["seen"] == ["ClientDisconnect"]
 
 
-@row("C4", "an upload that is cut ends the work on an earlier piece")
+@row(4, "an upload that is cut ends the work on an earlier piece")
 def upload_cut_behind_the_work(cell: Cell) -> None:
     request = cell.open("/upload-then-work", "POST", b"x" * 1000, of=MIB)
     cell.until(seen=["chunk"])
@@ -61,14 +61,14 @@ def upload_cut_behind_the_work(cell: Cell) -> None:
     cell.until(cleaned=1)
 
 
-@row("C4", "an upload arrives whole")
+@row(4, "an upload arrives whole")
 def upload_whole(cell: Cell) -> None:
     status, body = cell.open("/upload?pause=0.0001", "POST", bytes(range(256)) * 8192).response()
     assert status == 200
     assert b'"size":2097152' in body
 
 
-@row("C4", "an upload that nobody reads waits with its client, not in memory")
+@row(4, "an upload that nobody reads waits with its client, not in memory")
 def upload_back_pressure(cell: Cell) -> None:
     size = (8 if cell.http2 else 24) * MIB  # more than all buffers on the way
     before = cell.live.json("/stats")["memory"]
@@ -117,13 +117,13 @@ class Upload:
         assert self.sent == self._size
 
 
-@row("C4", "`Expect: 100-continue`: nothing invites the body but the handler", protocol="HTTP/1")
+@row(4, "`Expect: 100-continue`: nothing invites the body but the handler", protocol="HTTP/1")
 def expect_refused(cell: Cell) -> None:
     request = cell.open("/refuse", "POST", of=MIB, headers={"expect": "100-continue"})
     assert request.head()[0] == 413
 
 
-@row("C4", "`Expect: 100-continue`: a handler that reads invites the body", protocol="HTTP/1")
+@row(4, "`Expect: 100-continue`: a handler that reads invites the body", protocol="HTTP/1")
 def expect_granted(cell: Cell) -> None:
     request = cell.open("/upload", "POST", of=4, headers={"expect": "100-continue"})
     assert request.head()[0] == 100
@@ -133,7 +133,7 @@ def expect_granted(cell: Cell) -> None:
     assert b'"size":4' in body
 
 
-@row("C5", "a response that has been sent is never a disconnect: its background task goes on")
+@row(5, "a response that has been sent is never a disconnect: its background task goes on")
 def background_outlives_its_client(cell: Cell) -> None:
     request = cell.open("/background?seconds=0.2")
     assert request.response() == (200, b'"done"')
@@ -141,7 +141,7 @@ def background_outlives_its_client(cell: Cell) -> None:
     cell.until(cleaned=1)
 
 
-@row("C1", "a connection that is cut in its third request: that one alone ends", protocol="HTTP/1")
+@row(1, "a connection that is cut in its third request: that one alone ends", protocol="HTTP/1")
 def kept_alive(cell: Cell) -> None:
     client = cell.open("/upload", "POST", b"x" * 70_000)
     assert isinstance(client, RawClient)
@@ -156,7 +156,7 @@ def kept_alive(cell: Cell) -> None:
     assert [visit.cause for visit in cell.over("/upload", "/route/finite", "/handler")] == [None, None, "disconnect"]
 
 
-@row("C1", "a stream that is reset: that one alone ends, not its neighbours on the connection", protocol="HTTP/2")
+@row(1, "a stream that is reset: that one alone ends, not its neighbours on the connection", protocol="HTTP/2")
 def neighbours(cell: Cell) -> None:
     upload = cell.open("/upload", "POST", b"x" * 1000, of=2000)
     events, stream = cell.open("/route/idle?heartbeat=0.05"), cell.open("/stream")
@@ -203,7 +203,7 @@ for path, work in {
     "/sse": "an endpoint that yields server-sent events",
     "/json-lines": "an endpoint that yields JSON lines",
 }.items():
-    row("C7", f"5 of 5 cleanups that await: {work}", path[1:].replace("-", "_"))(
+    row(7, f"5 of 5 cleanups that await: {work}", path[1:].replace("-", "_"))(
         partial(five_leave, path=path, marker=b"" if path == "/handler" else b"first")
     )
 
@@ -216,15 +216,15 @@ def leave_a_full_socket(cell: Cell, path: str) -> None:
     assert [visit.cause for visit in cell.over(path)] == ["disconnect"]
 
 
-row("C7", "gone while `send` waits: a `CancellableStreamingResponse`", "flood")(
+row(7, "gone while `send` waits: a `CancellableStreamingResponse`", "flood")(
     partial(leave_a_full_socket, path="/flood")
 )
-row("C7", "gone while `send` waits: a `StreamingResponse`", "plain_flood")(
+row(7, "gone while `send` waits: a `StreamingResponse`", "plain_flood")(
     partial(leave_a_full_socket, path="/plain-flood")
 )
 
 
-@row("C7", "a cleanup that hangs is forced at its deadline, and logged")
+@row(7, "a cleanup that hangs is forced at its deadline, and logged")
 def forced(cell: Cell) -> None:
     leave(*cell.begin("/swallow"), *cell.begin("/hang"))
     cell.over("/swallow", "/hang")
@@ -236,31 +236,31 @@ def forced(cell: Cell) -> None:
     cell.is_clean = False
 
 
-@row("C7", "tasks that a handler awaits are cancelled once")
+@row(7, "tasks that a handler awaits are cancelled once")
 def tasks(cell: Cell) -> None:
     leave(*cell.begin("/tasks"))
     assert cell.until(cleaned=3)["seen"] == ["job", "job"]
 
 
-@row("C8", "a shielded commit is waited for")
+@row(8, "a shielded commit is waited for")
 def shield(cell: Cell) -> None:
     leave(*cell.begin("/shield"))
     assert cell.until(cleaned=1)["seen"] == ["committed"]
 
 
-@row("C8", "nothing is torn down under a worker thread")
+@row(8, "nothing is torn down under a worker thread")
 def in_thread(cell: Cell) -> None:
     leave(*cell.begin("/in-thread"))
     assert cell.until(cleaned=1)["seen"] == ["thread finished", "torn down"]
 
 
-@row("C9", "a `def` handler is told by its token")
+@row(9, "a `def` handler is told by its token")
 def def_handler(cell: Cell) -> None:
     leave(*cell.begin("/thread"))
     assert cell.until(cleaned=1)["seen"] == ["disconnect"]
 
 
-@row("C9", "synchronous generators are closed in a thread")
+@row(9, "synchronous generators are closed in a thread")
 def sync_generators(cell: Cell) -> None:
     for number, path in enumerate(("/sync-stream", "/plain-sync-stream", "/sync-sse", "/sync-json-lines"), 1):
         (request,) = cell.begin(path)
@@ -270,7 +270,7 @@ def sync_generators(cell: Cell) -> None:
         cell.over(path)
 
 
-@row("C10", "a transaction rolls back in a `yield` dependency")
+@row(10, "a transaction rolls back in a `yield` dependency")
 def transaction(cell: Cell) -> None:
     for number, path in enumerate(("/order", "/sync-order"), 1):
         leave(*cell.begin(path, "POST"))
@@ -280,13 +280,13 @@ def transaction(cell: Cell) -> None:
     assert cell.live.json("/orders") == []
 
 
-@row("C11", "the cleanup of a response runs though its body never began")
+@row(11, "the cleanup of a response runs though its body never began")
 def never_started(cell: Cell) -> None:
     leave(*cell.begin("/never-started"))
     assert cell.until(cleaned=1)["started"] == 1
 
 
-@row("C12", "a background task runs after a disconnect")
+@row(12, "a background task runs after a disconnect")
 def background_after_disconnect(cell: Cell) -> None:
     requests = [cell.open(path) for path in ("/background-of-stream", "/background-of-plain-stream")]
     for request in requests:
@@ -295,14 +295,14 @@ def background_after_disconnect(cell: Cell) -> None:
     assert cell.until(seen=["background", "background"])["cleaned"] == 2
 
 
-@row("C13", "middleware sees 499")
+@row(13, "middleware sees 499")
 def status_499(cell: Cell) -> None:
     leave(*cell.begin("/handler"))
     assert [visit.status for visit in cell.over("/handler")] == [499]
     assert cell.until(cleaned=1)["statuses"] == [499] * cell.layers
 
 
-@row("C13", "the server's access log says 499")
+@row(13, "the server's access log says 499")
 def access_log(cell: Cell) -> None:
     leave(*cell.begin("/handler"))
     cell.over("/handler")
@@ -311,7 +311,7 @@ def access_log(cell: Cell) -> None:
     assert " 499 " in cell.live.log
 
 
-@row("C13", "an error in a cleanup is logged as one")
+@row(13, "an error in a cleanup is logged as one")
 def error_in_cleanup(cell: Cell) -> None:
     leave(*cell.begin("/raise"))
     cell.until(cleaned=1)
@@ -319,7 +319,7 @@ def error_in_cleanup(cell: Cell) -> None:
     cell.is_clean = False
 
 
-@row("C14", "SIGTERM in the middle of a cleanup lets it finish", stops=True)
+@row(14, "SIGTERM in the middle of a cleanup lets it finish", stops=True)
 def sigterm_during_cleanup(cell: Cell) -> None:
     (request,) = cell.begin("/slow-cleanup")
     cell.hang_up(request)
@@ -329,13 +329,13 @@ def sigterm_during_cleanup(cell: Cell) -> None:
     assert "[INFO] cleaned" in cell.live.log
 
 
-@row("", "within the grace of its policy, a handler finishes by itself")
+@row(99, "within the grace of its policy, a handler finishes by itself")
 def grace(cell: Cell) -> None:
     leave(*cell.begin("/grace"))
     assert cell.until(cleaned=1)["seen"] == ["disconnect"]
 
 
-@row("", "a handler that takes too long for its policy is answered with 504")
+@row(99, "a handler that takes too long for its policy is answered with 504")
 def limit(cell: Cell) -> None:
     assert cell.open("/limit").response() == (504, b'{"detail":"Gateway Timeout"}')
     cell.until(cleaned=1)
@@ -344,7 +344,7 @@ def limit(cell: Cell) -> None:
 # -- streams -------------------------------------------------------------------------------------
 
 
-@row("C17", "generators that never await starve nobody, and end with their client")
+@row(17, "generators that never await starve nobody, and end with their client")
 def greedy(cell: Cell) -> None:
     for number, path in enumerate(("/greedy", "/plain-greedy"), 1):
         (request,) = cell.begin(path)
@@ -353,7 +353,7 @@ def greedy(cell: Cell) -> None:
         cell.until(cleaned=number)
 
 
-@row("C18", "work for a client that does not read is given up: a `CancellableStreamingResponse`")
+@row(18, "work for a client that does not read is given up: a `CancellableStreamingResponse`")
 def stalled(cell: Cell) -> None:
     (request,) = cell.begin("/stalled")
     assert cell.until(cleaned=1, seen=["ended"])
@@ -361,7 +361,7 @@ def stalled(cell: Cell) -> None:
     assert [visit.cause for visit in cell.over("/stalled")] == ["stalled"]
 
 
-@row("C18", "and so is the request of a client that does not read: the server is rid of it while the client stays")
+@row(18, "and so is the request of a client that does not read: the server is rid of it while the client stays")
 def stalled_request(cell: Cell) -> None:
     cell.begin("/stalled")
     cell.over("/stalled")
@@ -392,15 +392,15 @@ def six_leave(cell: Cell, query: str, marker: bytes) -> None:
     assert [visit.cause for visit in cell.over(*(f"/{app}/idle" for app in APPS))] == ["disconnect"] * 6
 
 
-row("C19", "6 of 6 `SSEResponse`s, in FastAPI and in Starlette: all hooks run, once", "sse_idle")(
+row(19, "6 of 6 `SSEResponse`s, in FastAPI and in Starlette: all hooks run, once", "sse_idle")(
     partial(six_leave, query="", marker=b"first")
 )
-row("C20", "all hooks of an `SSEResponse` run, once: gone while heartbeats go out", "sse_heartbeats")(
+row(20, "all hooks of an `SSEResponse` run, once: gone while heartbeats go out", "sse_heartbeats")(
     partial(six_leave, query="?heartbeat=0.05", marker=b": ping - ")
 )
 
 
-@row("C17", "all hooks of an `SSEResponse` run, once: gone in a burst from a content that never awaits")
+@row(17, "all hooks of an `SSEResponse` run, once: gone in a burst from a content that never awaits")
 def sse_burst(cell: Cell) -> None:
     requests = [cell.open("/route/burst") for _ in range(5)]
     for request in requests:
@@ -409,7 +409,7 @@ def sse_burst(cell: Cell) -> None:
     marked(cell, 5)
 
 
-@row("C7", "all hooks of an `SSEResponse` run, once: gone while `send` waits")
+@row(7, "all hooks of an `SSEResponse` run, once: gone while `send` waits")
 def sse_full_socket(cell: Cell) -> None:
     for number, content in enumerate(("flood", "big_then_small", "small_then_big"), 1):
         request = cell.open(f"/route/{content}?heartbeat=0.05")
@@ -419,7 +419,7 @@ def sse_full_socket(cell: Cell) -> None:
         assert marked(cell, number)["info"]["cause"] == "disconnect"
 
 
-@row("C11", "all hooks of an `SSEResponse` run, once: gone before the first event")
+@row(11, "all hooks of an `SSEResponse` run, once: gone before the first event")
 def sse_before_first_event(cell: Cell) -> None:
     requests = [cell.open(f"/{app}/silent") for app in APPS]
     cell.until(started=3)
@@ -428,7 +428,7 @@ def sse_before_first_event(cell: Cell) -> None:
     assert (info["events"], info["bytes"], info["last_id"]) == (0, 0, None)
 
 
-@row("C11", "all hooks of an `SSEResponse` run, once: gone before the response begins")
+@row(11, "all hooks of an `SSEResponse` run, once: gone before the response begins")
 def sse_never_started(cell: Cell) -> None:
     request = cell.open("/route/late")
     cell.until(waiting=1)
@@ -436,7 +436,7 @@ def sse_never_started(cell: Cell) -> None:
     assert marked(cell, 1, ["cleanup", "on_disconnect"])["started"] == 0
 
 
-@row("C11", "all hooks of an `SSEResponse` run, once: gone before the response begins, where only that hears of it")
+@row(11, "all hooks of an `SSEResponse` run, once: gone before the response begins, where only that hears of it")
 def sse_never_started_unwatched(cell: Cell) -> None:
     requests = [cell.open(f"/{app}/late") for app in ("plain", "bare")]
     cell.until(waiting=2)
@@ -458,19 +458,19 @@ def given_up(cell: Cell, *paths: str) -> None:
     assert {visit.cause for visit in cell.over(*(path.partition("?")[0] for path in paths))} == {"stalled"}
 
 
-row("C18", "work for a client that does not read is given up: an `SSEResponse`", "sse_stalled")(
+row(18, "work for a client that does not read is given up: an `SSEResponse`", "sse_stalled")(
     lambda cell: given_up(
         cell, *(f"/route/{content}?send_timeout=0.3" for content in ("flood", "big_then_small", "small_then_big"))
     )
 )
-row("C20", "a client that does not read is noticed by heartbeats alone", "sse_unwritten_heartbeat")(
+row(20, "a client that does not read is noticed by heartbeats alone", "sse_unwritten_heartbeat")(
     lambda cell: given_up(
         cell, *(f"/route/{kind}heartbeat=0.05&send_timeout=0.3" for kind in ("idle?ping_size=1000000&", "boulder?"))
     )
 )
 
 
-@row("C20", "events arrive once and in order between heartbeats, however slowly they are read")
+@row(20, "events arrive once and in order between heartbeats, however slowly they are read")
 def sse_paced(cell: Cell) -> None:
     request = cell.open("/route/paced?heartbeat=0.05", receive_buffer=4096)
     cell.until_stuck(or_seen="1 generator")  # if the server takes it all
@@ -481,7 +481,7 @@ def sse_paced(cell: Cell) -> None:
     marked(cell, 1, ["cleanup", "generator"])
 
 
-@row("C19", "the hooks are told what was sent, and why it ended")
+@row(19, "the hooks are told what was sent, and why it ended")
 def sse_info(cell: Cell) -> None:
     began = time.monotonic()
     _, body = cell.open("/route/finite").response()
@@ -498,7 +498,7 @@ def sse_info(cell: Cell) -> None:
     assert info == {"cause": "disconnect", "events": 1, "bytes": len(sent), "last_id": "id-2"}
 
 
-@row("C19", "HEAD opens no stream of events")
+@row(19, "HEAD opens no stream of events")
 def sse_head(cell: Cell) -> None:
     for app in APPS:
         status, headers = cell.open(f"/{app}/idle", "HEAD").head()
@@ -509,7 +509,7 @@ def sse_head(cell: Cell) -> None:
 FAREWELL = b"retry: 1500\r\n\r\nevent: bye\r\ndata: come back\r\n\r\n"
 
 
-@row("C22", "at SIGTERM each stream gets its farewell and cleans up, and the server ends", stops=True)
+@row(22, "at SIGTERM each stream gets its farewell and cleans up, and the server ends", stops=True)
 def farewell(cell: Cell) -> None:
     requests = cell.begin("/farewell", count=3)
     for request in requests:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 
 from fastapi_cancel.testing import LiveServerError
 
-from .matrix import NOTHING, PAGE, ROOT, Difference, Matrix, Place, is_pinned, written
+from .matrix import (
+    BEGIN,
+    END,
+    LEGEND,
+    MEASURED,
+    NOTHING,
+    PAGE,
+    ROOT,
+    Column,
+    Difference,
+    Matrix,
+    Row,
+    is_pinned,
+    written,
+)
 from .matrix_cell import Cell, Servers
 from .matrix_rows import ROWS
 
@@ -165,21 +181,21 @@ def page() -> Iterator[None]:
             PAGE.write_text(after)
 
 
-@pytest.mark.parametrize("place", MATRIX.to_run, ids=lambda place: "-".join(map(str, place)))
-def test_line(servers: Servers, place: Place) -> None:
+@pytest.mark.parametrize(("server", "layers", "line"), MATRIX.to_run)
+def test_line(servers: Servers, server: str, layers: int, line: str) -> None:
     """A line of the contract holds, or does not hold where that is known."""
-    name, layers, row = place
-    column, line = MATRIX.columns[name], MATRIX.rows[row]
+    place = server, layers, line
+    column, row = MATRIX.columns[server], MATRIX.rows[line]
     difference = MATRIX.differences.get(place)
     may_say = difference.says if difference is not None else ""
     must_fail = difference is not None and not may_say
     as_new = False
     try:
-        live = servers.get(column.server, layers)
+        live = servers.get(column.server, layers, column.options)
         with Cell(live, layers, column.protocol == "HTTP/2", BRIEF if must_fail else DEADLINE, may_say) as cell:
-            line.check(cell)
+            row.check(cell)
             cell.assert_over()
-        as_new = not line.stops
+        as_new = not row.stops
     except ImportError as exc:
         pytest.skip(str(exc))
     except (AssertionError, OSError, LiveServerError):
@@ -191,3 +207,102 @@ def test_line(servers: Servers, place: Place) -> None:
         if not as_new:
             servers.end()
     MATRIX.as_told.add(place)
+
+
+# -- the matrix itself ---------------------------------------------------------------------------
+
+
+def test_the_page_tells_what_is_told_here() -> None:
+    """If this fails, the page is written at the end of a full run that is as it should be: look at it."""
+    assert MATRIX.told() in PAGE.read_text()
+
+
+def nothing(cell: Cell) -> None: ...
+
+
+SMALL = [
+    Row("ends", 7, "it ends", nothing, stops=True),
+    Row("begins", 1, "it begins", nothing),
+    Row("resets", 99, "it resets", nothing, protocol="HTTP/2"),
+]
+TWO = [Column("a", "uvicorn", "A"), Column("b", "hypercorn", "B", "HTTP/2")]
+
+
+def test_a_matrix_runs_server_by_server_and_stops_each_at_the_end() -> None:
+    assert Matrix(SMALL, [Difference(["begins"], ["a"], "Why.", layers=[5], tried=False)], TWO).to_run == [
+        *(("a", 0, "begins"), ("a", 0, "ends"), ("a", 5, "ends")),
+        *(("b", 0, "begins"), ("b", 0, "resets"), ("b", 0, "ends")),
+        *(("b", 5, "begins"), ("b", 5, "resets"), ("b", 5, "ends")),
+    ]
+
+
+def test_a_matrix_is_complete_once_all_came_out_as_told() -> None:
+    matrix = Matrix(SMALL, [Difference(["begins"], ["a"], "Why.", tried=False)], TWO)
+    for place in matrix.to_run:
+        assert not matrix.is_complete()
+        matrix.as_told.add(place)
+    assert matrix.is_complete()
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        (Difference(["resets"], ["a"], "HTTP/1."), r"\('a', 0, 'resets'\): there is no such cell"),
+        (Difference(["begins"], ["c"], "No column."), r"\('c', 0, 'begins'\): there is no such cell"),
+        (Difference(["ends"], ["a", "b"], "Twice."), r"\('a', 5, 'ends'\) is told twice"),
+    ],
+)
+def test_a_difference_belongs_to_one_cell_that_is_there(difference: Difference, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Matrix(SMALL, [Difference(["ends"], ["a"], "Why.", layers=[5]), difference], TWO)
+
+
+def test_a_matrix_in_markdown() -> None:
+    differences = [
+        Difference(["ends"], ["b"], "It goes on.", layers=[5]),
+        Difference(["ends"], ["a"], "It murmurs.", layers=[0], says="hm"),
+        Difference(["ends"], ["c"], "It knows no end.", shown=NOTHING),
+    ]
+    columns = [*TWO, Column("c", "daphne", "C"), Column("d", "granian", "D"), Column("e", "granian", "E")]
+    assert Matrix(SMALL, differences, columns).told() == (
+        "The same everywhere:\n"
+        "\n"
+        "**Detecting**\n"
+        "\n"
+        "- it begins\n"
+        "\n"
+        "**Policies**\n"
+        "\n"
+        "- it resets (HTTP/2)\n"
+        "\n"
+        f"Not the same ({LEGEND}):\n"
+        "\n"
+        "|  | A | B | C | D<br>E |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| **Ending** |  |  |  |  |\n"
+        "| it ends | ✓ 1 / ✓ | ✓ / ✗ 2 | – 3 | ✓ |\n"
+        "\n"
+        "1. It murmurs.\n"
+        "2. It goes on.\n"
+        "3. It knows no end."
+    )
+
+
+def test_the_page_keeps_what_is_around_the_matrix() -> None:
+    matrix = Matrix(SMALL, [], TWO)
+    page = written(f"Before.\n{BEGIN}\nold\n{END}\nAfter.\n", matrix)
+    assert re.fullmatch(
+        rf"Before\.\n{BEGIN}\n\n{re.escape(matrix.told())}\n\nMeasured with uvicorn [^\n]+\.\n\n{END}\nAfter\.\n", page
+    )
+    assert written(page, matrix) == page
+
+
+def test_the_page_tells_of_pinned_versions_only() -> None:
+    installed = {name: version(name) for name in MEASURED}
+
+    def is_pinned_by(pins: dict[str, str]) -> bool:
+        return is_pinned("".join(f"{name}=={pin}\n" for name, pin in pins.items()))
+
+    assert is_pinned_by(installed)
+    assert not is_pinned_by({**installed, "uvicorn": "0.1"})
+    assert not is_pinned_by({name: pin for name, pin in installed.items() if name != "trio"})
