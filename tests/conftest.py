@@ -16,7 +16,6 @@ from .visits import surroundings as surroundings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 20.0  # seconds: for what must happen; reached only by a bug
-SERVERS = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
 
 Start = Callable[..., LiveServer]
 NOT_TESTED = "NOT TESTED HERE:"
