@@ -14,7 +14,7 @@ from fastapi_cancel.testing._probe import RUNNING
 from fastapi_cancel.testing.http2 import Http2Stream
 
 APP = "tests.matrix_app:app"
-STUCK = 0.2  # seconds in one ``send``
+STUCK = 0.1  # seconds in one ``send``
 LOOK = 0.005  # seconds between two looks
 
 # What an ASGI 2.4 server raises itself comes back to it through middleware, and is no fault of the application.
