@@ -65,7 +65,7 @@ class Observed:
         if path == "/reset":
             reset()
         if path in ("/stats", "/reset"):
-            waits = time.monotonic() - sending[0] if sending else 0.0
+            waits = [time.monotonic() - began for began in sending]
             observed = {**state, "sending": waits, "tasks": tasks(), "memory": memory()}
             return await JSONResponse(observed)(scope, receive, send)
 
@@ -86,7 +86,7 @@ class Observed:
 
 
 sending: list[float] = []
-"""Since when each ``send`` to the server waits, the longest first."""
+"""Since when each ``send`` to the server waits."""
 
 
 for _ in range(int(os.environ.get("MIDDLEWARE", "0"))):

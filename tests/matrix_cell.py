@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -95,6 +96,7 @@ class Cell:
     def connection(self) -> Http2Client:
         if self._connection is None:
             self._connection = self._stack.enter_context(self.live.open_http2())
+            self._connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as browsers do
         return self._connection
 
     def open(
@@ -104,19 +106,19 @@ class Cell:
         body: bytes = b"",
         of: int | None = None,
         headers: Mapping[str, str] = EMPTY,
-        receive_buffer: int | None = None,
+        room: int = 65536,
     ) -> Request:
         """Send a request.
 
         :param of: bytes of the whole body, if ``body`` is only its beginning
-        :param receive_buffer: bytes; on HTTP/2 it is the stream's window that counts
+        :param room: bytes that the client's system takes unread; on HTTP/2 the stream's credit counts
         """
         self.opened += 1
         if of is not None:
             headers = {**headers, "content-length": str(of)}
         if self.http2:
             return self.connection.request(path, method, headers, body, end=of is None)
-        client = self._stack.enter_context(self.live.connect(receive_buffer=receive_buffer))
+        client = self._stack.enter_context(self.live.connect(receive_buffer=room))
         client.request(path, method, headers, body)
         return client
 
@@ -161,11 +163,13 @@ class Cell:
         """Wait until the application says so of itself."""
         return self.live.wait_for("/stats", **expected)
 
-    def until_stuck(self, or_seen: str | None = None) -> None:
-        """Wait until a ``send`` waits, or until the application says that it has seen ``or_seen``."""
+    def until_stuck(self, count: int = 1, or_seen: str | None = None) -> None:
+        """Wait until so many ``send`` wait, or until the application says that it has seen ``or_seen``."""
         end = time.monotonic() + self.live.deadline
-        while (state := self.until())["sending"] < STUCK and or_seen not in state["seen"]:
-            assert time.monotonic() < end, "no `send` waits"
+        while or_seen not in (state := self.until())["seen"]:
+            if sum(seconds > STUCK for seconds in state["sending"]) == count:
+                break
+            assert time.monotonic() < end, f"not {count} of {state['sending']} wait"
             time.sleep(LOOK)
 
     def visits(self, *paths: str) -> list[ServedVisit]:

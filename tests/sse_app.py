@@ -125,7 +125,7 @@ async def boulder(number: int) -> AsyncIterator[Any]:
     """One event that a socket does not hold, then only heartbeats."""
     state["started"] += 1
     try:
-        yield "x" * (16 << 20)
+        yield "x" * (8 << 20)
         await anyio.sleep_forever()
     finally:
         await mark(number, "generator")
