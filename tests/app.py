@@ -126,10 +126,15 @@ def memory() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def cleanup(seconds: float = 0.01) -> None:
+async def pause(seconds: float = 0.01) -> None:
+    """What a cleanup awaits."""
     # Trio's cancellation is level-triggered: there, a cleanup that awaits needs a shield, here as anywhere.
     with anyio.CancelScope(shield=sniffio.current_async_library() == "trio"):
         await anyio.sleep(seconds)
+
+
+async def cleanup(seconds: float = 0.01) -> None:
+    await pause(seconds)
     state["cleaned"] += 1
     state["finished_at"].append(time.monotonic())
 
@@ -378,7 +383,7 @@ async def many_tasks() -> None:
         try:
             await anyio.sleep_forever()
         finally:
-            await cleanup(0.05)
+            await pause(0.05)
             state["seen"].append("job")
 
     try:
@@ -466,7 +471,7 @@ async def transaction() -> AsyncIterator[sqlite3.Connection]:
     try:
         yield database
     except BaseException as exc:
-        await anyio.sleep(0.01)
+        await pause()
         database.execute("ROLLBACK")
         state["seen"].append(f"rollback: {type(exc).__name__}")
         raise

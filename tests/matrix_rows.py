@@ -241,7 +241,7 @@ def forced(cell: Cell) -> None:
 @row(7, "tasks that a handler awaits are cancelled once")
 def tasks(cell: Cell) -> None:
     leave(*cell.begin("/tasks"))
-    assert cell.until(cleaned=3)["seen"] == ["job", "job"]
+    assert cell.until(cleaned=1)["seen"] == ["job", "job"]
 
 
 @row(8, "a shielded commit is waited for")
