@@ -107,8 +107,8 @@ class Upload:
 
     def wait_until_stuck(self) -> None:
         """Or until all has been sent."""
-        before = -1
-        while before != self.sent < self._size:
+        before = 0
+        while self.sent < self._size and not 0 < self.sent == before:
             before = self.sent
             time.sleep(STUCK)
 
