@@ -4,20 +4,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .events import JSONServerSentEvent, LastEventID, ServerSentEvent, get_last_event_id
+    from .broker import Broker, BrokerUnavailable, Gap, connect
+    from .events import LastEventID, get_last_event_id
     from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
+    from .lifespan import lifespan
     from .listening import limit_silence, listening_socket
     from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
+    from .remote import Run, Stoppable, header
     from .responses import CancellableFileResponse, CancellableStreamingResponse
+    from .resumable import AlreadyRunning, Resumable
     from .routing import CancellableRoute
     from .rsgi import RSGI
     from .shutdown import drain
-    from .sse import SSEResponse, StreamInfo
+    from .sse import JSONServerSentEvent, ServerSentEvent, SSEResponse, StreamInfo
     from .token import CancelToken, Token, get_cancel_token
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlreadyRunning",
+    "Broker",
+    "BrokerUnavailable",
     "CancelError",
     "CancelPolicy",
     "CancelToken",
@@ -26,26 +33,36 @@ __all__ = [
     "CancellableStreamingResponse",
     "Cause",
     "ClientGone",
+    "Gap",
     "InvalidEvent",
     "JSONServerSentEvent",
     "LastEventID",
     "NotCancellable",
     "RSGI",
     "RequestCancelled",
+    "Resumable",
+    "Run",
     "SSEResponse",
     "ServerSentEvent",
+    "Stoppable",
     "StreamInfo",
     "Token",
     "cancel_policy",
+    "connect",
     "drain",
     "get_cancel_token",
     "get_last_event_id",
+    "header",
+    "lifespan",
     "limit_silence",
     "listening_socket",
     "never_cancel",
 ]
 
 _WHERE = {
+    "AlreadyRunning": "resumable",
+    "Broker": "broker",
+    "BrokerUnavailable": "broker",
     "CancelError": "exceptions",
     "CancelPolicy": "policy",
     "CancelToken": "token",
@@ -54,20 +71,27 @@ _WHERE = {
     "CancellableStreamingResponse": "responses",
     "Cause": "policy",
     "ClientGone": "exceptions",
+    "Gap": "broker",
     "InvalidEvent": "exceptions",
-    "JSONServerSentEvent": "events",
+    "JSONServerSentEvent": "sse",
     "LastEventID": "events",
     "NotCancellable": "exceptions",
     "RSGI": "rsgi",
     "RequestCancelled": "exceptions",
+    "Resumable": "resumable",
+    "Run": "remote",
     "SSEResponse": "sse",
-    "ServerSentEvent": "events",
+    "ServerSentEvent": "sse",
+    "Stoppable": "remote",
     "StreamInfo": "sse",
     "Token": "token",
     "cancel_policy": "policy",
+    "connect": "broker",
     "drain": "shutdown",
     "get_cancel_token": "token",
     "get_last_event_id": "events",
+    "header": "remote",
+    "lifespan": "lifespan",
     "limit_silence": "listening",
     "listening_socket": "listening",
     "never_cancel": "policy",

@@ -52,9 +52,9 @@ import anyio
 from starlette.types import Message, Send
 
 from ._ahead import Ahead
-from ._heart import Pulse, heart_for
+from ._heart import Pulse, current_heart
 from .events import encode, is_whole
-from .exceptions import ClientGone, InvalidEvent, RequestCancelled
+from .exceptions import ClientGone, InvalidEvent, RequestCancelled, Stalled
 from .ladder import RUN, Ladder
 from .policy import HERE, PARTING, Cause
 
@@ -80,6 +80,7 @@ class StreamInfo:
     :ivar events: how many events were sent; heartbeats and the farewell do not count
     :ivar bytes: how many bytes were sent, heartbeats and farewell included
     :ivar last_id: the id of the last event sent that had one
+    :ivar reason: what whoever stopped it says about that
     """
 
     cause: Cause | None
@@ -87,6 +88,7 @@ class StreamInfo:
     events: int = 0
     bytes: int = 0
     last_id: str | None = None
+    reason: str = ""
 
 
 class Source(Protocol):
@@ -153,7 +155,10 @@ class EventStream:
     @property
     def info(self) -> StreamInfo:
         """What has been sent until now."""
-        return StreamInfo(self._ladder.cause, monotonic() - self._began, self._events, self._bytes, self._last_id)
+        ladder = self._ladder
+        return StreamInfo(
+            ladder.cause, monotonic() - self._began, self._events, self._bytes, self._last_id, ladder.reason
+        )
 
     async def run(self) -> None:
         """Send it all.
@@ -167,6 +172,9 @@ class EventStream:
                 await self._pump()
             except InvalidEvent as fault:
                 logger.error("%s: the stream ends here: %s", self._ladder.name(), fault, exc_info=fault)
+            except Stalled:
+                self._ladder.signal("stalled", at_once=True)
+                self._check()
             except (RequestCancelled, ClientGone):
                 raise
             except Exception:
@@ -246,7 +254,7 @@ class EventStream:
         if self._gathered and not self._busy:
             self._send_aside(self._take())
         if self._pulse is None and (interval := self._source.ping_interval):
-            self._pulse = heart_for(self._ladder).add(self._look_here, self._sent_at + interval)
+            self._pulse = current_heart().add(self._look_here, self._sent_at + interval)
         self._pulls = True
         try:
             await items.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -15,7 +16,10 @@ from math import ceil
 from time import monotonic
 from weakref import WeakKeyDictionary, ref
 
-from .ladder import Ladder, Timer
+import anyio
+
+from ._scoped import sleep_then
+from .ladder import Timer
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -103,15 +107,15 @@ class Heart:
         self._sleep()
 
 
-_hearts: WeakKeyDictionary[asyncio.AbstractEventLoop, Heart] = WeakKeyDictionary()
+_hearts: WeakKeyDictionary[object, Heart] = WeakKeyDictionary()
 
 
-def heart_for(ladder: Ladder) -> Heart:
-    """That of the running event loop. On Trio, whose timers are tasks, one of the request's own."""
+def current_heart() -> Heart:
+    """That of the running event loop."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        return Heart(ladder.call_later)
+        return _hearts.setdefault(sys.modules["trio"].lowlevel.current_trio_token(), Heart(_call_later_on_trio))
     if (heart := _hearts.get(loop)) is None:
         of = ref(loop)  # or the heart would keep its loop for ever
 
@@ -122,3 +126,10 @@ def heart_for(ladder: Ladder) -> Heart:
 
         heart = _hearts[loop] = Heart(call_later)
     return heart
+
+
+def _call_later_on_trio(seconds: float, function: Callable[[], object]) -> anyio.CancelScope:
+    """A system task's: it outlives the request that happens to ask for it."""
+    timer = anyio.CancelScope()
+    sys.modules["trio"].lowlevel.spawn_system_task(sleep_then, timer, seconds, function)
+    return timer

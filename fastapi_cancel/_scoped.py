@@ -130,7 +130,7 @@ class GroupLadder(Ladder):
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> anyio.CancelScope:
         timer = anyio.CancelScope()
-        self._group.start_soon(_sleep_then, timer, seconds, function)
+        self._group.start_soon(sleep_then, timer, seconds, function)
         return timer
 
     def _call_soon(self, function: Callable[[], object]) -> None:
@@ -152,7 +152,8 @@ async def _two_turns_later(function: Callable[[], Coroutine[Any, Any, None]]) ->
     await function()
 
 
-async def _sleep_then(timer: anyio.CancelScope, seconds: float, function: Callable[[], object]) -> None:
+async def sleep_then(timer: anyio.CancelScope, seconds: float, function: Callable[[], object]) -> None:
+    """A timer, where timers are tasks."""
     with timer:
         await anyio.sleep(seconds)
         function()

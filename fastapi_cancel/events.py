@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from fastapi import Depends, Header
 from fastapi.encoders import jsonable_encoder
 from fastapi.sse import ServerSentEvent as FastAPIEvent
 from pydantic import BaseModel
 from pydantic_core import to_json
-from sse_starlette.event import JSONServerSentEvent, ServerSentEvent
 
 from .exceptions import InvalidEvent
 
-__all__ = ["JSONServerSentEvent", "LastEventID", "ServerSentEvent", "encode", "get_last_event_id"]
+if TYPE_CHECKING:
+    from sse_starlette.event import ServerSentEvent
+
+__all__ = ["LastEventID", "encode", "get_last_event_id"]
 
 Encoded: TypeAlias = tuple[bytes, str | None]
 """The bytes of an event, and its id if it has one."""
@@ -45,6 +48,7 @@ def encode(item: Any, sep: str = "\r\n") -> Encoded:
     ``ServerSentEvent`` of sse-starlette    its fields; ``data`` by ``str()``
     ``ServerSentEvent`` of FastAPI          its fields; ``data`` as JSON, ``raw_data`` as it is
     Pydantic model, dataclass               ``data: …`` as JSON
+    what has a method ``to_wire(sep)``      what that returns: bytes and an id, or ``None`` for the id
     ======================================= ===========================================================
 
     :param sep: the line ending, for events that do not bring their own
@@ -58,15 +62,20 @@ def encode(item: Any, sep: str = "\r\n") -> Encoded:
         raise InvalidEvent(f"cannot be sent as an event: {item!r}: {exc}") from exc
 
 
-def _choose(kind: type) -> Encoder:
+def _choose(kind: Any) -> Encoder:
     if issubclass(kind, (bytes, bytearray, memoryview)):
         return lambda item, sep: (bytes(item), None)
     if issubclass(kind, str):
         return _text
-    if issubclass(kind, ServerSentEvent):
-        return _event if kind.encode is ServerSentEvent.encode else _own_encoding
+    theirs = getattr(
+        sys.modules.get("sse_starlette.event"), "ServerSentEvent", None
+    )  # an extra: not for a broker's sake
+    if theirs is not None and issubclass(kind, theirs):
+        return _event if kind.encode is theirs.encode else _own_encoding
     if issubclass(kind, dict):
         return _fields
+    if hasattr(kind, "to_wire"):  # the events of a broker
+        return lambda item, sep: item.to_wire(sep)
     if issubclass(kind, FastAPIEvent):
         return _fastapi_event
     if issubclass(kind, BaseModel) or dataclasses.is_dataclass(kind):

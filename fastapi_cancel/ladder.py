@@ -54,6 +54,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from types import MappingProxyType, coroutine
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from starlette.types import Scope
 
@@ -70,6 +71,9 @@ RUNNING = object()
 
 _LISTENING = threading.Lock()
 
+ending: WeakKeyDictionary[Ladder, int] = WeakKeyDictionary()
+"""The ladders whose work ends early and has not ended yet, each with the thread of its event loop."""
+
 
 class Timer(Protocol):
     """What ``call_later`` returns."""
@@ -83,6 +87,7 @@ class Ladder(ABC):
     :param policy: how it ends early
     :param scope: the ASGI scope of the request, to name it in the log
     :ivar cause: why the work ends early, once it does
+    :ivar reason: what whoever stopped it says about that
     :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
     :ivar watch: called when the work waits, until it returns True: the client is watched
@@ -91,6 +96,7 @@ class Ladder(ABC):
 
     # Defaults live in the class: most requests never change most of them.
     cause: Cause | None = None
+    reason = ""
     left = False
     state = RUN
     waits = 0
@@ -108,6 +114,12 @@ class Ladder(ABC):
         self.scope = scope
 
     # -- causes ------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """Somebody has asked for its end."""
+        if self.cause is None and "stop" in self.policy.causes:
+            self.reason = reason
+        self.signal("stop")
 
     def signal(self, cause: Cause, *, at_once: bool = False) -> bool:
         """Set the token. Only the first cause counts, and none once the response is complete.
@@ -127,6 +139,7 @@ class Ladder(ABC):
                 self._cancel()
             return False
         self.cause = cause
+        ending[self] = threading.get_ident()
         for tell in self._listeners:
             tell()
         if self.policy.grace and not at_once:
@@ -242,6 +255,8 @@ class Ladder(ABC):
         self._listeners = ()
         if self._timers:
             self._stop(*self._timers)
+        if self.cause is not None:
+            ending.pop(self, None)
 
     def _on_wait(self) -> None:
         self._restless = False

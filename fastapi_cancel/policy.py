@@ -27,6 +27,7 @@ class CancelPolicy:
         A client that still waits is answered with 504
     :param send_timeout: seconds that one ``send`` may wait for a client that does not read; ``None``: no limit
     :param background: whether the response's background tasks run after an early end, as after a finish
+    :param stop_status: the HTTP status of a request that was stopped before its response began; 409, "Conflict"
     :param causes: the causes that this work listens to; others leave it alone
     :raises ValueError: a value is out of range; the message names the argument
     :raises TypeError: a value is of the wrong type; the message names the argument
@@ -37,6 +38,7 @@ class CancelPolicy:
     timeout: float | None = None
     send_timeout: float | None = None
     background: bool = True
+    stop_status: int = 409
     causes: Collection[Cause] = CAUSES
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class CancelPolicy:
         check_seconds("send_timeout", self.send_timeout, none=True)
         if not isinstance(self.background, bool):
             raise TypeError(f"background must be True or False, not {self.background!r}")
+        check_status("stop_status", self.stop_status)
         object.__setattr__(self, "causes", _check_causes(self.causes))
 
     def replace(self, **changes: Any) -> CancelPolicy:
@@ -66,6 +69,14 @@ def check_seconds(name: str, value: object, *, zero: bool = False, none: bool = 
         raise TypeError(f"{name} must be {allowed}, not {value!r}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name} must be {allowed}, not {value!r}")
+
+
+def check_status(name: str, value: object) -> None:
+    """Refuse what is no HTTP status of an error, naming the argument."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an HTTP status from 400 to 599, not {value!r}")
+    if not 400 <= value <= 599:
+        raise ValueError(f"{name} must be an HTTP status from 400 to 599, not {value!r}")
 
 
 def check_fields(changes: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -18,13 +19,13 @@ from ._native import NativeLadder, has_scope
 from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
 from .exceptions import is_quiet
-from .ladder import Ladder
+from .ladder import Ladder, ending
 from .policy import PARTING, CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
 """Where the scope keeps its :class:`Channel`; ``None`` there: the endpoint opted out."""
 
-STATUS: dict[Cause, int] = {"disconnect": 499, "stalled": 499, "timeout": 504, "stop": 503, "shutdown": 503}
+STATUS: dict[Cause, int] = {"disconnect": 499, "stalled": 499, "timeout": 504, "shutdown": 503}
 """What a request that ended before its response began is answered with. Nobody but middleware and
 access logs will see a 499 (nginx's number for it)."""
 
@@ -74,7 +75,11 @@ async def protect(
             scope["asgi"] = asgi
     cause: Cause | None = ladder.cause or ("disconnect" if channel.gone else None)
     if cause is not None and (channel.interrupted or not channel.completed):
-        await _conclude(channel, cause, receive, send)
+        ending[ladder] = threading.get_ident()
+        try:
+            await _conclude(channel, cause, receive, send)
+        finally:
+            del ending[ladder]
 
 
 def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
@@ -92,7 +97,7 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
     background = channel.response.background if channel.response is not None else None
     try:
         if not channel.started:
-            await _answer(cause, channel.scope, receive, send)
+            await _answer(cause, channel, receive, send)
         elif cause == "shutdown" and not channel.closing and not channel.gone:
             # An event stream, which may end anywhere.
             with anyio.move_on_after(PARTING, shield=True), suppress(OSError):
@@ -102,8 +107,9 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
             await background()
 
 
-async def _answer(cause: Cause, scope: Scope, receive: Receive, send: Send) -> None:
-    status = STATUS[cause]
+async def _answer(cause: Cause, channel: Channel, receive: Receive, send: Send) -> None:
+    ladder, scope = channel.ladder, channel.scope
+    status = ladder.policy.stop_status if cause == "stop" else STATUS[cause]
     if status == 499:
         with anyio.move_on_after(1, shield=True), suppress(OSError):
             # Hypercorn: the last `send` on an HTTP/2 connection that is gone never returns.
@@ -111,7 +117,7 @@ async def _answer(cause: Cause, scope: Scope, receive: Receive, send: Send) -> N
         return
 
     async def fail(scope: Scope, receive: Receive, send: Send) -> None:
-        raise HTTPException(status)
+        raise HTTPException(status, ladder.reason or None)
 
     # By the application's own exception handlers, and before any background task.
     await wrap_app_handling_exceptions(fail, Request(scope, receive, send))(scope, receive, send)

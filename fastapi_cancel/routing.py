@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -17,6 +17,9 @@ from .protect import KEY, protect
 from .responses import Cancellable
 from .shutdown import draining, is_event_stream
 
+if TYPE_CHECKING:
+    from .remote import Stoppable
+
 
 class CancellableRoute(APIRoute):
     """An ``APIRoute`` that cannot be told from one while the client stays.
@@ -29,6 +32,7 @@ class CancellableRoute(APIRoute):
     """
 
     policy: ClassVar[CancelPolicy] = CancelPolicy()
+    stoppable: ClassVar[Stoppable | None] = None
 
     @classmethod
     def with_policy(cls, policy: CancelPolicy) -> type[CancellableRoute]:
@@ -39,6 +43,16 @@ class CancellableRoute(APIRoute):
         if not isinstance(policy, CancelPolicy):
             raise TypeError(f"policy must be a CancelPolicy, not {policy!r}")
         return type(cls.__name__, (cls,), {"policy": policy, "__module__": cls.__module__})
+
+    @classmethod
+    def under(cls, stoppable: Stoppable) -> type[CancellableRoute]:
+        """This route class, whose requests can be stopped from anywhere; see :mod:`~fastapi_cancel.remote`.
+
+        :raises TypeError: ``stoppable`` is no :class:`~fastapi_cancel.remote.Stoppable`
+        """
+        if not hasattr(stoppable, "running"):
+            raise TypeError(f"stoppable must be a Stoppable, not {stoppable!r}")
+        return type(cls.__name__, (cls,), {"stoppable": stoppable, "__module__": cls.__module__})
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **kwargs: Any) -> None:
         self._declared = endpoint
@@ -52,7 +66,12 @@ class CancellableRoute(APIRoute):
             scope[KEY] = None
             await super().handle(scope, receive, send)
         else:
-            await protect(super().handle, scope, receive, send, policy)
+            await protect(super().handle if self.stoppable is None else self._run, scope, receive, send, policy)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.stoppable is not None
+        async with self.stoppable.running(Request(scope)):
+            await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from starlette.responses import Response
 
-from ._heart import Heart, Pulse, heart_for
+from ._heart import current_heart
 from ._listeners import Address, Still, address_of, listening
 from .ladder import Ladder
 
@@ -76,17 +76,13 @@ class _Streams(dict[Stream, Address | None]):
     def __init__(self, soon: Soon, hears: bool) -> None:
         self.hears = hears
         self._soon = soon
-        self._heart: Heart | None = None
-        self._pulse: Pulse
+        self._pulse = current_heart().add(self._look, 0)
         self._still: dict[Address, Still] = {}
         self._closed: set[Address] = set()
         self._should_exit = status.should_exit
 
-    def look_at(self, address: Address | None, heart: Heart) -> None:
+    def look_at(self, address: Address | None) -> None:
         """See to it that the end of listening at ``address`` is noticed."""
-        if self._heart is not heart:  # on Trio each request has its own
-            self._heart = heart
-            self._pulse = heart.add(self._look, 0)
         if address is not None and address not in self._still:
             # If not found: closed already, or a server with sockets of its own (Granian).
             self._still[address] = listening().get(address, partial(bool, address not in self._closed))
@@ -131,7 +127,7 @@ def draining(ladder: Ladder, stream: Stream | None = None) -> Iterator[None]:
         streams = _open[soon] = _Streams(soon, hears=threading.current_thread() is threading.main_thread())
     streams[stream] = address_of(ladder.scope.get("server"))
     try:
-        streams.look_at(streams[stream], heart_for(ladder))
+        streams.look_at(streams[stream])
         if streams.hears and _listen():
             stream.shut_down()
         yield

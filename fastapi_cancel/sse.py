@@ -10,6 +10,7 @@ from types import EllipsisType
 from typing import Any
 
 import anyio
+from sse_starlette.event import JSONServerSentEvent, ServerSentEvent
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette._utils import is_async_callable
 from starlette.background import BackgroundTask
@@ -27,7 +28,7 @@ from .policy import CancelPolicy, check_seconds
 from .protect import channel_of, ladder_for
 from .responses import CancellableStreamingResponse, _as_async
 
-__all__ = ["SSEResponse", "StreamInfo"]
+__all__ = ["JSONServerSentEvent", "SSEResponse", "ServerSentEvent", "StreamInfo"]
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -166,6 +167,17 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         if self._shutdown_grace_period and ladder.cause is None and "shutdown" in ladder.policy.causes:
             ladder.adopt(ladder.policy.replace(grace=self._shutdown_grace_period))
         ladder.signal("shutdown")
+
+    def take_content(self) -> tuple[AsyncContentStream, list[Cleanup]]:
+        """Take out what makes the events, with its cleanups, to run it elsewhere; see :mod:`.resumable`."""
+        cleanups, self._cleanups = self._cleanups, []
+        return self.body_iterator, cleanups
+
+    def put_content(self, content: AsyncIterable[Event]) -> SSEResponse:
+        """Send these events instead of its own, which have been taken out."""
+        self.body_iterator = _as_async(content)
+        self._sources = [self.body_iterator]
+        return self
 
     # -- one request -------------------------------------------------------------------------
 

@@ -42,6 +42,11 @@ class CancelToken:
         """Why, once the token is set."""
         return self._ladder.cause if self._ladder is not None else None
 
+    @property
+    def reason(self) -> str:
+        """What whoever stopped it says about that; empty if nothing."""
+        return self._ladder.reason if self._ladder is not None else ""
+
     def raise_if_set(self) -> None:
         """End the handler here if the token is set; nothing is logged.
 

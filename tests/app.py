@@ -29,6 +29,7 @@ from fastapi_cancel import (
     CancelPolicy,
     Token,
     cancel_policy,
+    lifespan,
     never_cancel,
 )
 
@@ -43,7 +44,7 @@ def reset() -> None:
 
 
 reset()
-app = FastAPI()
+app = FastAPI(lifespan=lifespan() if os.environ.get("LIFESPAN") else None)
 router = APIRouter(route_class=CancellableRoute)
 
 
@@ -104,7 +105,7 @@ def tasks() -> list[str]:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         names = [_function(task) for task in others]
     ours = [name for name in names if name.startswith(("fastapi", "starlette", "tests"))]
-    kit = ("fastapi_cancel._rsgi_lifespan", "fastapi_cancel.testing")  # the server's, and the recorder's
+    kit = ("fastapi_cancel.rsgi.lifespan", "fastapi_cancel.testing")  # the server's, and the recorder's
     return [name for name in ours if not name.startswith(kit)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -13,7 +14,7 @@ from fastapi import APIRouter, FastAPI, Request, Response, WebSocket, WebSocketD
 from starlette.background import BackgroundTask
 from starlette.responses import StreamingResponse
 
-from fastapi_cancel import CancellableRoute
+from fastapi_cancel import CancellableRoute, CancellableStreamingResponse
 from fastapi_cancel.rsgi import RSGI
 
 from .app import Observed, cleanup, state
@@ -94,6 +95,23 @@ async def some_letters(count: int, length: int | None = None) -> Response:
 @plain.api_route("/plain/endless", methods=["GET", "HEAD"])
 async def endless_letters() -> Response:
     return StreamingResponse(endless())
+
+
+async def flooding(count: int) -> AsyncIterator[bytes]:
+    """At its end it cleans up as it does when it is cancelled, and the client may leave meanwhile."""
+    state["started"] += 1
+    try:
+        for _ in range(count):
+            state["seen"][:] = [time.monotonic()]
+            yield b"x" * 65536
+    finally:
+        with anyio.CancelScope(shield=True):
+            await cleanup()
+
+
+@router.get("/flood")
+async def flood() -> Response:
+    return CancellableStreamingResponse(flooding(1024), cleanup=[cleanup])
 
 
 @router.post("/size")

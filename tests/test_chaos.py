@@ -1,13 +1,11 @@
 """Chaos leaves at every wait in turn: what it finds in a faulty application, and nothing in a sound one."""
 
-# pyright: reportPossiblyUnboundVariable=false
-# (what is used after a block that raises was bound within it)
-
 from __future__ import annotations
 
 import gc
 import logging
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -61,6 +59,8 @@ FAULTS = {
 """Of each endpoint: how the fault is told, a line that it names, and one at which the client had left."""
 
 ORDERS = ["first", "second"]
+EAGER = sys.version_info >= (3, 12)
+"""The watcher of a request begins to read at once: the first wait is later than before."""
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ async def test_a_planted_fault_is_found(shop: Shop, method: str, path: str, opti
     assert left_at in left
     number = re.search(r"^<Visit .*>, whose client left at wait (\d+), at\n", left)
     assert number is not None
-    assert int(number[1]) > 1  # nothing so obvious that the first wait shows it
+    assert int(number[1]) > (0 if EAGER else 1)  # nothing so obvious that the first wait shows it
 
 
 @on_asyncio
@@ -192,14 +192,15 @@ async def waits(number: int) -> None:
             cleaned.append("waits")
 
 
-@router.get("/unbound")
-async def unbound() -> None:
+@router.get("/unopened")
+async def unopened() -> None:
+    sessions: list[anyio.Lock] = []
     try:
         await anyio.sleep(0.001)
-        session = anyio.Lock()
+        sessions.append(anyio.Lock())
         await anyio.sleep(0.001)
     finally:
-        session.statistics()  # not yet there, if the client leaves at the first wait
+        sessions[0].statistics()  # not yet there, if the client leaves at the first wait
 
 
 @router.get("/locked")
@@ -279,9 +280,9 @@ async def test_longest(client: LeavingClient) -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])  # Trio runs tasks in whatever order
 async def test_an_error_in_a_cleanup(client: LeavingClient) -> None:
-    told = r"<Visit GET /unbound .*>, whose client left at wait \d, at\n(.*\n)+error: UnboundLocalError"
+    told = r"<Visit GET /unopened .*>, whose client left at wait \d, at\n(.*\n)+error: IndexError"
     with pytest.raises(AssertionError, match=told):
-        await chaos(client, "GET", "/unbound")
+        await chaos(client, "GET", "/unopened")
 
 
 @on_asyncio

@@ -217,10 +217,13 @@ async def test_what_only_looks_like_a_server_is_passed_over() -> None:
 
 def test_a_loop_that_was_closed_with_open_streams(heard: list[int]) -> None:
     """The server's handler is called all the same."""
-
     loop = asyncio.new_event_loop()
+
+    async def open_one() -> None:
+        shutdown._open[loop.call_soon_threadsafe] = shutdown._Streams(loop.call_soon_threadsafe, hears=True)
+
+    loop.run_until_complete(open_one())
     loop.close()
-    shutdown._open[loop.call_soon_threadsafe] = shutdown._Streams(loop.call_soon_threadsafe, hears=True)
     signal.signal(signal.SIGTERM, shutdown._Listener(signal.getsignal(signal.SIGTERM)))  # type: ignore[arg-type]
     signal.raise_signal(signal.SIGTERM)
     assert heard == [signal.SIGTERM]

@@ -1,12 +1,10 @@
 """The client that leaves, in process: requests, moments, servers' habits, what came of a visit. On asyncio and Trio."""
 
-# pyright: reportPossiblyUnboundVariable=false
-# (what is used after a block that raises was bound within it)
-
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -109,6 +107,16 @@ async def asked(app: ASGIApp = echo, method: str = "GET", path: str = "/", **opt
     visit = await LeavingClient(app).request(method, path, **options)
     visit.assert_clean()
     return json.loads(visit.body)
+
+
+@asynccontextmanager
+async def failing(
+    error: type[Exception], client: LeavingClient, match: str | None = None, **options: Any
+) -> AsyncIterator[Visit]:
+    """A visit whose block ends with this error."""
+    with anyio.fail_after(DEADLINE), pytest.raises(error, match=match):
+        async with client.visit("GET", "/", **options) as visit:
+            yield visit
 
 
 def kinds(visit: Visit) -> list[str]:
@@ -433,11 +441,9 @@ async def test_why_a_client_never_left(anyio_backend: str) -> None:
 
 @pytest.mark.parametrize("moment", [after_chunks(1), when(lambda: False), when(anyio.sleep_forever)])
 async def test_waiting_for_what_never_comes(anyio_backend: str, moment: Moment) -> None:
-    with anyio.fail_after(DEADLINE), pytest.raises(NeverCame) as info:
-        async with LeavingClient(broken).visit("GET", "/") as visit:
-            await visit.until(moment)
-    assert str(info.value) == f"<Visit GET / None, 0 chunks> was over before {moment!r}"
-    assert "ValueError('broken') reached the server" in info.value.__notes__[0]
+    message = f"<Visit GET / None, 0 chunks> was over before {moment!r}\nerror: ValueError('broken') reached the server"
+    async with failing(NeverCame, LeavingClient(broken), match="^" + re.escape(message)) as visit:
+        await visit.until(moment)
     assert kinds(visit) == ["error"]
 
 
@@ -979,17 +985,15 @@ async def cleaning_up(scope: Scope, receive: Receive, send: Send) -> None:
 async def test_a_block_that_raises(anyio_backend: str) -> None:
     """Its error is what the test sees, plain; nothing of the request is left."""
     async with LeavingClient(with_state(cleaning_up)) as client:
-        with anyio.fail_after(DEADLINE), pytest.raises(Failed):  # noqa: PT012
-            async with client.visit("GET", "/") as visit:
-                await visit.until(after_chunks(1))
-                raise Failed
+        async with failing(Failed, client) as visit:
+            await visit.until(after_chunks(1))
+            fails()
         assert (visit.over, visit.left is not None, visit.faults) == (True, True, [])
 
 
 async def test_a_block_that_raises_before_the_application_has_begun(anyio_backend: str) -> None:
-    with anyio.fail_after(DEADLINE), pytest.raises(Failed):
-        async with LeavingClient(echo).visit("GET", "/"):
-            raise Failed
+    async with failing(Failed, LeavingClient(echo)):
+        raise Failed
 
 
 @pytest.mark.parametrize(
@@ -1005,20 +1009,16 @@ async def test_a_block_that_raises_before_the_application_has_begun(anyio_backen
 )
 async def test_a_condition_that_raises(anyio_backend: str, options: dict[str, Any]) -> None:
     """The test hears of it, not the application."""
-    client = LeavingClient(with_state(cleaning_up))
-    async with client:
-        with anyio.fail_after(DEADLINE), pytest.raises(Failed):
-            async with client.visit("GET", "/", **options) as visit:
-                pass
+    async with LeavingClient(with_state(cleaning_up)) as client, failing(Failed, client, **options) as visit:
+        pass
     assert (visit.over, visit.error) == (True, None)
 
 
 @pytest.mark.parametrize("moment", [when(fails), when(fails_later), after_event(fails)], ids=repr)
 async def test_waiting_for_a_condition_that_raises(anyio_backend: str, moment: Moment) -> None:
     async with LeavingClient(with_state(cleaning_up)) as client:
-        with anyio.fail_after(DEADLINE), pytest.raises(Failed):
-            async with client.visit("GET", "/") as visit:
-                await visit.until(moment)
+        async with failing(Failed, client) as visit:
+            await visit.until(moment)
         assert visit.over
 
 
@@ -1043,6 +1043,7 @@ async def test_a_body_that_raises(anyio_backend: str) -> None:
 async def test_a_test_that_is_cancelled(anyio_backend: str, where: str) -> None:
     """Nothing hangs, nothing is left."""
     over = []
+    visits = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -1052,9 +1053,11 @@ async def test_a_test_that_is_cancelled(anyio_backend: str, where: str) -> None:
 
     with anyio.move_on_after(0.02) as limit:
         async with LeavingClient(app).visit("GET", "/") as visit:
+            visits.append(visit)
             if where == "block":
                 await anyio.sleep_forever()
     assert limit.cancelled_caught
+    [visit] = visits
     assert (over, visit.over, visit.faults) == ([True], True, [])
     visit = await LeavingClient(echo).get("/")
     assert visit.faults == []

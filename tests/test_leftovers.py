@@ -1,8 +1,5 @@
 """The look at code that is not behind a request."""
 
-# pyright: reportPossiblyUnboundVariable=false
-# (what is used after a block that raises was bound within it)
-
 from __future__ import annotations
 
 import asyncio
@@ -40,12 +37,13 @@ async def test_a_block_that_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_task_is_left() -> None:
+    tasks = []
     with pytest.raises(
         AssertionError, match=r"this block:\ntask left: Event.wait, created at\n(.*\n)*.*in test_a_task_is_left"
     ):
         async with nothing_left():
-            task = asyncio.create_task(asyncio.Event().wait())
-    task.cancel()
+            tasks.append(asyncio.create_task(asyncio.Event().wait()))
+    tasks[0].cancel()
 
 
 async def test_a_generator_is_left_open() -> None:

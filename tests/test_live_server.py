@@ -20,6 +20,7 @@ import anyio
 import pytest
 
 from fastapi_cancel.rsgi import RSGI
+from fastapi_cancel.testing import LeavingClient
 from fastapi_cancel.testing import live as live_module
 from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
@@ -28,7 +29,6 @@ from fastapi_cancel.testing.recorder import Recorder, read_visits
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
-from .asgi import Connection
 from .conftest import DEADLINE, ROOT
 
 APPLICATION = """
@@ -109,7 +109,7 @@ def test_without_a_probe(server: str, write: Write) -> None:
 @pytest.mark.parametrize("server", WITH_WORKERS)
 def test_all_workers_serve_and_end_with_their_master(server: str, write: Write) -> None:
     with LiveServer(f"{write()}:app", server, workers=2) as live:
-        assert live.log.count(SERVERS[server].up) >= 2
+        assert SERVERS[server].workers_up(live.log) == 2
         workers = {live.json("/state")["pid"] for _ in range(20)}
         assert live.pid not in workers
         live.stop(signal.SIGKILL)  # which leaves them no time to end theirs
@@ -260,6 +260,22 @@ def test_the_log_survives_the_server(write: Write) -> None:
     assert server.complaints() == ["one"]
 
 
+@pytest.mark.parametrize("connect", ["connect", "open_http2"])
+def test_a_server_that_has_ended_by_itself(server: LiveServer, connect: str) -> None:
+    server.get("/say?text=last+words")
+    server.send_signal(signal.SIGKILL)
+    server.process.wait(DEADLINE)
+    with pytest.raises(LiveServerError, match=r"uvicorn has ended with -9:\n(?s:.*)last words"):
+        getattr(server, connect)()
+
+
+def test_a_server_where_nobody_listens(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "port", free_port())
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+
+
 def test_what_is_not_in_the_log(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.get("/say?text=one")
     with monkeypatch.context() as patch:
@@ -312,6 +328,13 @@ def test_what_a_server_says_while_all_is_well(server: str) -> None:
         assert find_server(server).is_fine(line), line
     for line in NOT_WELL:
         assert not find_server(server).is_fine(line), line
+
+
+def test_a_worker_counts_once() -> None:
+    """Over RSGI each says twice that it has started."""
+    log = "[INFO] Started worker-1\n[INFO] Started worker-1 runtime-1\n[INFO] Started worker-2"
+    assert find_server("granian-rsgi").workers_up(log) == 1
+    assert find_server("granian-rsgi").workers_up(log + "\n") == 2
 
 
 def test_a_worker_that_died_is_a_complaint() -> None:
@@ -506,9 +529,8 @@ async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
     probe = Probe(Recorder(echo, visits), "token")
     answers = {READY: b"token", "/root" + READY: b"token", RUNNING: b"{}", "/other": b"/other"}
     for path, body in answers.items():
-        connection = Connection(path)
-        await connection.run(probe)
-        assert (connection.status, connection.body) == (200, body)
+        visit = await LeavingClient(probe).get(path)
+        assert (visit.status, visit.body) == (200, body)
     with anyio.fail_after(DEADLINE):
         while [visit.ended is not None for visit in read_visits(visits)] != [True]:  # of the one that was passed on
             await anyio.sleep(0.01)

@@ -77,7 +77,7 @@ async def test_a_server_that_never_takes_the_499_is_not_waited_for() -> None:
     await clean(never_returning, leave=at_wait(1))
 
 
-@pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 503), ("shutdown", 503)])
+@pytest.mark.parametrize(("cause", "status"), [("timeout", 504), ("stop", 409), ("shutdown", 503)])
 async def test_a_client_that_still_waits_is_answered(cause: Any, status: int) -> None:
     async def endpoint(request: Request) -> None:
         channel = channel_of(request.scope)

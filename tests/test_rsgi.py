@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from fastapi_cancel import CancellableRoute, _rsgi_backlog
-from fastapi_cancel._rsgi_backlog import MANY_LOOKS, STEP, Backlog, look
-from fastapi_cancel.rsgi import RSGI
+from fastapi_cancel import CancellableRoute
+from fastapi_cancel.rsgi import RSGI, backlog
+from fastapi_cancel.rsgi.backlog import MANY_LOOKS, STEP, Backlog, look
 
 pytestmark = pytest.mark.anyio
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -727,7 +727,7 @@ class Kernel:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *looks: tuple[int, int] | None) -> None:
         self.says(*looks)
-        monkeypatch.setattr(_rsgi_backlog, "look", self.look)
+        monkeypatch.setattr(backlog, "look", self.look)
 
     def look(self, client: str, server: str) -> tuple[int, int] | None:
         assert self.looks, "one look too many"
@@ -851,7 +851,7 @@ def test_nobody_knows_of_other_connections(monkeypatch: pytest.MonkeyPatch) -> N
     assert look("nobody:1", "nowhere:2") is None
     answer = struct.pack("=IHHII", 100, 20, 0, 1, 0) + bytes(72)
     for attribute in (struct.pack("=HHI", 8, 1, 0), struct.pack("=HH", 0, 1)):
-        assert _rsgi_backlog._parse(answer + attribute) is None
+        assert backlog._parse(answer + attribute) is None
     monkeypatch.setattr("sys.platform", "plan9")
     assert look("127.0.0.1:1", "127.0.0.1:2") is None
 

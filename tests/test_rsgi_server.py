@@ -250,6 +250,18 @@ def test_what_a_client_may_hold_has_a_bound(rsgi: LiveServer, path: str) -> None
     assert_nothing_left(rsgi)
 
 
+def test_a_client_leaves_when_its_stream_is_nearly_through(more: LiveServer) -> None:
+    """C11: be it before the last chunk, or while the generator already cleans up because it is at its end."""
+    client = more.open("/flood")
+    more.wait_for("/stats", started=1)
+    for _ in range(3):
+        wait_until_stuck(more)
+        skip(client, 20 * MIB)
+    client.abort()
+    more.wait_for("/stats", cleaned=2)
+    assert_nothing_left(more)
+
+
 def test_a_stalled_client_is_given_up(rsgi: LiveServer) -> None:
     """C18."""
     with rsgi.open("/stalled"):

@@ -138,12 +138,12 @@ async def test_raising_in_a_thread_that_another_task_waits_for(wait: str) -> Non
                 await anyio.sleep(0.001)
                 raised.set()
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(other)
-            while wait == "turns" and not raised.is_set():
-                await anyio.sleep(0)
-            await raised.wait()
         try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(other)
+                while wait == "turns" and not raised.is_set():
+                    await anyio.sleep(0)
+                await raised.wait()
             await anyio.sleep_forever()
         except anyio.get_cancelled_exc_class():
             seen.append("cancelled")

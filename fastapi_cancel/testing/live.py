@@ -35,7 +35,7 @@ PATIENCE = 1.0  # seconds for the answer to "are you ready": a master accepts be
 
 
 class LiveServerError(RuntimeError):
-    """The server did not start, or did not stop. The message ends with its log."""
+    """The server did not start, did not stop, or has ended by itself. The message ends with its log."""
 
 
 class LiveServer:
@@ -180,7 +180,7 @@ class LiveServer:
         return False
 
     def _all_workers_serve(self) -> bool:
-        return self._workers == 1 or self._text().count(self._server.up) >= self._workers
+        return self._workers == 1 or self._server.workers_up(self._text()) >= self._workers
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -338,8 +338,18 @@ class LiveServer:
 
         :param receive_buffer: bytes, see :class:`RawClient`
         :param timeout: seconds, instead of the server's deadline
+        :raises LiveServerError: the server has ended
         """
-        return RawClient(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        try:
+            return RawClient(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        except ConnectionRefusedError as exc:
+            raise self._refused(exc) from None
+
+    def _refused(self, error: ConnectionRefusedError) -> Exception:
+        """That nobody listens, told with what a server that has ended has to say about it."""
+        if (status := self.process.poll()) is None:
+            return error
+        return LiveServerError(f"{self.name} has ended with {status}:\n{self._text()}")
 
     def open(
         self,
@@ -365,10 +375,14 @@ class LiveServer:
 
         :raises ImportError: h2 is not installed
         :raises ConnectionError: the server does not speak it
+        :raises LiveServerError: the server has ended
         """
         from .http2 import Http2Client
 
-        return Http2Client(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        try:
+            return Http2Client(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        except ConnectionRefusedError as exc:
+            raise self._refused(exc) from None
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Ask for ``path``: the status and the body of the answer."""

@@ -15,7 +15,7 @@ class Server:
     :ivar needs: what must be there, and what to install where it is not
     :ivar access_log: the options with which it logs its requests, and those with which it does not
     :ivar workers: the option for their number, if it has workers
-    :ivar up: what each of them logs once it serves
+    :ivar up: a regular expression of what each of them logs once it serves
     :ivar request: how a line of its access log begins, if not with its level
     :ivar hopeless: what it logs when a worker has died, if it would start others for ever
     :ivar rsgi: whether it serves RSGI applications
@@ -35,6 +35,10 @@ class Server:
         arguments = self.command.format(port=port).split()
         arguments += self.access_log[0 if access_log else 1].split()
         return arguments if self.workers is None else [*arguments, self.workers, str(workers)]
+
+    def workers_up(self, log: str) -> int:
+        """How many of its workers serve."""
+        return len(re.findall(self.up, log))
 
     def is_at_a_loss(self, log: str) -> bool:
         """Whether its workers die as soon as they are started."""
@@ -68,7 +72,7 @@ def _gunicorn(worker: str, up: str, needs: dict[str, str]) -> Server:
         f"gunicorn -b 127.0.0.1:{{port}} -k {worker}",
         {"gunicorn": "gunicorn", **needs},
         workers="-w",
-        up=f"[INFO] {up}",
+        up=up,
         access_log=("--access-logfile -", ""),
         request=re.compile(r'\S+ - (\S+ \[.*\] )?"[A-Z]+ '),
     )
@@ -79,7 +83,7 @@ def _hypercorn(worker: str, **needs: str) -> Server:
         f"hypercorn -b 127.0.0.1:{{port}} -k {worker}",
         {"hypercorn": "hypercorn", **needs},
         workers="-w",
-        up="[INFO] Running on",
+        up="Running on",
         access_log=("--access-logfile -", ""),
     )
 
@@ -89,7 +93,7 @@ def _granian(interface: str, rsgi: bool) -> Server:
         f"granian --host 127.0.0.1 --port {{port}} --interface {interface}",
         {"granian": "granian"},
         workers="--workers",
-        up="[INFO] Started worker-",
+        up=r"Started worker-\d+\n",  # over RSGI, "Started worker-1 runtime-1" comes from the same one
         access_log=("--access-log", "--no-access-log"),
         request=re.compile(_DATE + r' \S+ - "[A-Z]+ '),
         rsgi=rsgi,

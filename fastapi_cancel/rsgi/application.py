@@ -12,12 +12,12 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from ._rsgi_backlog import address
-from ._rsgi_http import Exchange
-from ._rsgi_lifespan import Lifespan
-from ._rsgi_types import Scope
-from ._rsgi_websocket import Conversation
-from .exceptions import is_quiet
+from ..exceptions import is_quiet
+from .backlog import address
+from .http import Exchange
+from .lifespan import Lifespan
+from .types import Scope
+from .websocket import Conversation
 
 logger = logging.getLogger("fastapi_cancel")
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from starlette.types import Message
 
-from ._news import News
-from ._rsgi_backlog import Backlog
-from ._rsgi_types import Head, HTTPProtocol, Scope, StreamTransport
-from .exceptions import ClientGone
+from ..exceptions import ClientGone
+from .backlog import Backlog
+from .news import News
+from .types import Head, HTTPProtocol, Scope, StreamTransport
 
 BODYLESS = (204, 304)
 PAUSES = (0.001, 0.05)  # seconds between two looks at what Granian holds: the first, and the longest

@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from functools import lru_cache
 
-from ._rsgi_types import Scope
+from .types import Scope
 
 STEP = 256 << 10
 """Bytes that Granian may hold, and bytes between two looks."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from starlette.types import Message
 
-from ._news import News
-from ._rsgi_types import WebSocketProtocol, WebSocketTransport
-from .exceptions import ClientGone
+from ..exceptions import ClientGone
+from .news import News
+from .types import WebSocketProtocol, WebSocketTransport
 
 CLOSE, BYTES = 0, 1  # kinds of messages; the third is text
 NO_CODE, ABNORMAL = 1005, 1006  # RFC 6455, section 7.4.1

@@ -1,0 +1,103 @@
+"""The runs of all processes, in Redis. Each worker has one channel on which it is told what to stop.
+
+A worker that is away when a run of its is stopped learns of it later: all runs enter again now and then, and
+whenever the worker listens again. That also registers them with a Redis that has forgotten them, and lets those
+of a dead worker run out. While Redis is away, runs go on; nobody can stop them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from contextlib import suppress
+
+import anyio
+
+from ._link import Link
+from ._scripts import ENTER, LEAVE, STOP
+from .base import BrokerUnavailable
+from .runs import EARLY_AT_MOST, Runs, Tell
+
+logger = logging.getLogger("fastapi_cancel")
+
+LEASE = 30.0  # seconds until a run whose worker has died is forgotten
+ENTERING = 1.0  # seconds that a run waits for Redis before it begins
+AT_ONCE = 500  # runs that enter again in one exchange
+
+
+class RedisRuns(Runs):
+    """Those of all processes with the same Redis and prefix."""
+
+    def __init__(self, link: Link, prefix: str) -> None:
+        self._link = link
+        self._worker = secrets.token_hex(8)
+        self._topics = f"{prefix}worker:"
+        self.topic = self._topics + self._worker
+        self._prefix = f"{prefix}runs:"
+        self._runs: dict[tuple[str, str], Tell] = {}
+        self._again = anyio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        await self._link.join(self.topic, self._hear)
+        self._task = asyncio.get_running_loop().create_task(self._stay(), name="fastapi_cancel Redis runs")
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+
+    async def enter(self, key: str, run: str, tell: Tell) -> None:
+        self._runs[key, run] = tell
+        with anyio.move_on_after(ENTERING, shield=True) as scope:  # cut off, it might enter after it has left
+            with suppress(BrokerUnavailable):
+                await self._enter([(key, run)])
+        if scope.cancelled_caught:
+            self.enter_again()
+
+    async def leave(self, key: str, run: str) -> None:
+        del self._runs[key, run]
+        with suppress(BrokerUnavailable):  # then it runs out
+            await self._leave(key, run)
+
+    async def _leave(self, key: str, run: str) -> None:
+        await self._link.run(LEAVE, ([self._prefix + key], [run, int(EARLY_AT_MOST * 1000)]))
+
+    async def stop(self, key: str, run: str | None, reason: str, early: float) -> int:
+        arguments = [run or "", reason, int(early * 1000), self._topics, key]
+        (count,) = await self._link.run(STOP, ([self._prefix + key], arguments))
+        return int(count)
+
+    def enter_again(self) -> None:
+        """Redis may have forgotten our runs, or have had something to say to them."""
+        self._again.set()
+
+    async def _stay(self) -> None:
+        while True:
+            with anyio.move_on_after(LEASE / 3):
+                await self._again.wait()
+            self._again = anyio.Event()
+            runs = list(self._runs)
+            for start in range(0, len(runs), AT_ONCE):
+                with suppress(BrokerUnavailable):
+                    await self._enter(runs[start : start + AT_ONCE])
+
+    async def _enter(self, runs: list[tuple[str, str]]) -> None:
+        calls = [([self._prefix + key], [run, self._worker, int(LEASE * 1000)]) for key, run in runs]
+        for at, reason in zip(runs, await self._link.run(ENTER, *calls), strict=True):
+            if at not in self._runs:  # it has left meanwhile
+                await self._leave(*at)
+            elif reason is not None:
+                self._tell(*at, reason.decode())
+
+    def _hear(self, message: bytes) -> None:
+        told = json.loads(message)
+        for run in told["runs"]:
+            self._tell(told["key"], run, told["reason"])
+
+    def _tell(self, key: str, run: str, reason: str) -> None:
+        if (tell := self._runs.get((key, run))) is not None:
+            tell(reason)

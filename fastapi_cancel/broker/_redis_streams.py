@@ -1,0 +1,82 @@
+"""The streams of all processes, in Redis. A worker hears on a channel of its own who reads what it produces."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+from ._link import Link
+from ._scripts import ATTEND, CLAIM, DEPART, FIND, FINISH, PRODUCE, RENEW
+from .streams import Found, News, Streams
+
+
+class RedisStreams(Streams):
+    """Those of all processes with the same Redis and prefix.
+
+    :param retain: how many events of a stream are kept
+    :param max_age: seconds that an event, and a stream that nobody hears of, are kept
+    """
+
+    def __init__(self, link: Link, prefix: str, retain: int, max_age: float) -> None:
+        self._link = link
+        self._prefix = prefix
+        self._retain = retain
+        self._max_age = _milliseconds(max_age)
+        self._topics = f"{prefix}producer:"
+        self._worker = secrets.token_hex(8)
+        self._news: dict[str, News] = {}
+
+    async def open(self) -> None:
+        await self._link.join(self._topics + self._worker, self._hear)
+
+    async def claim(self, key: str, run: str, lease: float, replace: bool) -> tuple[Found, str | None]:
+        arguments = [run, self._worker, _milliseconds(lease), int(replace), self._max_age]
+        live, epoch, before = await self._run(CLAIM, key, *arguments)
+        return Found(live.decode(), int(epoch)), before.decode() if before is not None else None
+
+    async def find(self, key: str) -> Found | None:
+        if (found := await self._run(FIND, key)) is None:
+            return None
+        run, epoch, state, last, heard_of = found
+        return Found(run.decode(), int(epoch), state.decode(), int(last), bool(heard_of))
+
+    async def produce(self, key: str, run: str, number: int, wire: bytes) -> bool:
+        topic = f"{self._prefix}channel:{self.channel(key)}"
+        return bool(await self._run(PRODUCE, key, run, number, wire, self._retain, self._max_age, topic))
+
+    async def renew(self, key: str, run: str, lease: float) -> tuple[float | None, int] | None:
+        if (seen := await self._run(RENEW, key, run, _milliseconds(lease), self._max_age)) is None:
+            return None
+        idle, at = seen
+        return None if idle < 0 else idle / 1000, at
+
+    async def finish(self, key: str, run: str, state: str, last: int, keep: float) -> None:
+        await self._run(FINISH, key, run, state, last, _milliseconds(keep))
+
+    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> bool | None:
+        heard_of = await self._run(ATTEND, key, run, reader, at, _milliseconds(lease), self._topics)
+        return bool(heard_of) if heard_of is not None else None
+
+    async def depart(self, key: str, run: str, reader: str) -> None:
+        await self._run(DEPART, key, run, reader, self._topics)
+
+    def heed(self, run: str, news: News | None) -> None:
+        if news is None:
+            self._news.pop(run, None)
+        else:
+            self._news[run] = news
+
+    async def _run(self, script: str, key: str, *arguments: object) -> Any:
+        keys = [f"{self._prefix}stream:{{{key}}}", f"{self._prefix}log:{self.channel(key)}"]
+        (answer,) = await self._link.run(script, (keys, arguments))
+        return answer
+
+    def _hear(self, message: bytes) -> None:
+        told = json.loads(message)
+        if (news := self._news.get(told["run"])) is not None:
+            news(told["at"] if told["at"] >= 0 else None)
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)

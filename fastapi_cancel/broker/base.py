@@ -1,0 +1,171 @@
+"""What every broker offers, whatever keeps its events."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, get_args
+
+from ..events import encode
+from ..exceptions import CancelError, InvalidEvent
+from ..policy import check_seconds
+from .log import SEP, Event, Here, Place, Slow, Subscription
+from .runs import EARLY_AT_MOST, Runs
+from .streams import Streams
+
+CLOSED = "the broker has been closed"
+
+
+class BrokerUnavailable(CancelError, ConnectionError):
+    """The store behind a broker does not answer, or is none that we can work with."""
+
+
+class Broker(ABC):
+    """Channels of events: whoever subscribes, in whatever process, gets what anybody publishes.
+
+    ::
+
+        broker = connect("redis://localhost")       # or connect(): in the memory of this process
+
+        @router.get("/rooms/{room}")
+        async def listen(room: str, last: LastEventID):
+            return SSEResponse(broker.events(room, after=last))
+
+        @router.post("/rooms/{room}")
+        async def say(room: str, text: str):
+            await broker.publish(room, text)
+
+    To be opened and closed: ``async with broker``, or in the lifespan (:func:`~fastapi_cancel.lifespan`).
+
+    :param retain: how many events of a channel are kept for those who come back
+    :param max_age: seconds that an event is kept; a channel in which nothing happens is forgotten after that
+    :raises TypeError: an argument is of the wrong type; the message names it
+    :ivar runs: what runs under which key
+    :ivar streams: which streams outlive a connection
+    :raises ValueError: an argument is out of range; the message names it
+    """
+
+    runs: Runs
+    streams: Streams
+
+    def __init__(self, *, retain: int = 1000, max_age: float = 3600.0) -> None:
+        check_count("retain", retain)
+        check_seconds("max_age", max_age)
+        self.retain = retain
+        self.max_age = max_age
+
+    async def publish(self, channel: str, item: Any) -> str:
+        """Send an event to everybody who listens to ``channel``, and keep it for those who come back.
+
+        :param item: all that :func:`~fastapi_cancel.events.encode` takes, without an id: the broker gives one
+        :return: its id
+        :raises InvalidEvent: it cannot be sent, or has an id
+        :raises BrokerUnavailable: the store does not answer; the event may have been published or not
+        """
+        check_name("channel", channel)
+        wire, id = encode(item, SEP)
+        if id is not None:
+            raise InvalidEvent(f"an event that is published gets its id from the broker, not {id!r}")
+        return str(await self._publish(channel, wire))
+
+    def subscribe(
+        self, channel: str, after: str | None = None, *, lag: int | None = None, slow: Slow = "skip"
+    ) -> AbstractAsyncContextManager[Subscription]:
+        """Listen to ``channel``; leaving the ``async with`` has unsubscribed. ::
+
+            async with broker.subscribe("news", after=last) as events:
+                async for event in events: ...
+
+        :param after: the id of the last event that was seen: what came after it comes first. ``None``: from now
+            on. One that is no id of this channel: all that is kept, behind a :class:`Gap`
+        :param lag: how many events may wait for a subscriber that has caught up once; ``None``: all that are kept
+        :param slow: what becomes of one that is further behind: ``"skip"``: a :class:`Gap`, and the newest
+            ``lag`` events; ``"end"``: it raises :class:`Stalled`
+        :raises BrokerUnavailable: the store has been away for too long
+        """
+        check_name("channel", channel)
+        if lag is not None:
+            check_count("lag", lag)
+        if slow not in get_args(Slow):
+            raise ValueError(f"slow must be 'skip' or 'end', not {slow!r}")
+        return self._subscribe(channel, after, lag, slow)
+
+    async def events(
+        self, channel: str, after: str | None = None, *, lag: int | None = None, slow: Slow = "skip"
+    ) -> AsyncIterator[Event]:
+        """The same as a content for an ``SSEResponse``.
+
+        Its first event says nothing but where the channel is, so that a client which has seen no event yet can
+        come back as well.
+        """
+        async with self.subscribe(channel, after, lag=lag, slow=slow) as events:
+            if after is None and (place := Place.parse(events.position)) is not None:
+                yield Here(place)
+            async for event in events:
+                yield event
+
+    async def stop(self, key: str, *, run: str | None = None, reason: str = "", early: float = 5.0) -> int:
+        """End what runs under ``key``, in whatever process, with the cause ``stop``; see :mod:`~fastapi_cancel.remote`.
+
+        :param run: only the run with this id
+        :param reason: for the token, the farewell and the answer
+        :param early: seconds that the stop waits for a run if it has reached none, unless one has just ended;
+            60 at the most
+        :return: how many it has reached
+        :raises BrokerUnavailable: the store does not answer
+        """
+        check_name("key", key)
+        if run is not None:
+            check_name("run", run)
+        if not isinstance(reason, str):
+            raise TypeError(f"reason must be a str, not {reason!r}")
+        check_seconds("early", early, zero=True)
+        if early > EARLY_AT_MOST:
+            raise ValueError(f"early must be {EARLY_AT_MOST:g} seconds at the most, not {early!r}")
+        return await self.runs.stop(key, run, reason, early)
+
+    @abstractmethod
+    async def _publish(self, channel: str, wire: bytes) -> Place: ...
+
+    @abstractmethod
+    def _subscribe(
+        self, channel: str, after: str | None, lag: int | None, slow: Slow
+    ) -> AbstractAsyncContextManager[Subscription]: ...
+
+    async def __aenter__(self) -> Broker:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Get ready.
+
+        :raises BrokerUnavailable: the store does not answer, or is too old; the message says which
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let everything go. Harmless to call again."""
+
+
+def check_name(name: str, value: object) -> None:
+    """Refuse what is no name, naming the argument."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str that is not empty, not {value!r}")
+    if not value:
+        raise ValueError(f"{name} must be a str that is not empty")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no number of things, naming the argument."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, 1 or more, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
