@@ -32,7 +32,6 @@ DEADLINE = 20.0  # seconds: for what must happen; reached only by a bug
 BRIEF = 0.5  # seconds: for what is known not to happen
 
 UVICORN = ["uvicorn", "uvicorn-h11", "uvicorn-uvloop", "gunicorn-uvicorn"]
-HYPERCORN = ["hypercorn", "hypercorn-trio", "hypercorn-http2"]
 GRANIAN = ["granian", "granian-rsgi", "granian-http2", "granian-rsgi-http2"]
 GONE = (
     "The last `send` on an HTTP/2 stream or connection that has gone may never return on Hypercorn. We give it up "
