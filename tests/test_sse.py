@@ -1,4 +1,4 @@
-"""SSEResponse in process: what it takes, when it sends, how it ends. Disconnects on real servers: test_sse_drops."""
+"""SSEResponse in process: what it takes, when it sends, how it ends. Disconnects on real servers: test_matrix."""
 
 from __future__ import annotations
 
