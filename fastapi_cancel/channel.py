@@ -229,6 +229,8 @@ class Channel:
         if self.gone:
             self.ladder.settle()
             raise ClientGone("the client has left")
+        if self.completed and self._ended:
+            return  # all that was announced is out, and on Hypercorn's HTTP/2 this might never return
         if last:
             self._finishing = self.closing = True
         try:
