@@ -592,7 +592,7 @@ async def slow_cleanup() -> None:
         await anyio.sleep_forever()
     finally:
         state["seen"].append("cleaning")
-        await cleanup(1.0)
+        await cleanup(0.7)
         print("[INFO] cleaned", flush=True)
 
 

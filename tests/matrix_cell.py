@@ -37,7 +37,9 @@ class Servers:
         """One that runs ``APP`` behind so many layers. It goes on for as long as it is asked for, and not ended."""
         if self._running is None or self._asked != (server, layers):
             self.end()
-            live = LiveServer(APP, server, options=options, env={"MIDDLEWARE": str(layers)}, access_log=True)
+            live = LiveServer(
+                APP, server, options=options, env={"MIDDLEWARE": str(layers), "LIFESPAN": "1"}, access_log=True
+            )
             live.start()
             self._asked, self._running = (server, layers), live
         return self._running

@@ -323,7 +323,7 @@ def error_in_cleanup(cell: Cell) -> None:
     cell.is_clean = False
 
 
-@row(14, "SIGTERM in the middle of a cleanup lets it finish", stops=True)
+@row(14, "SIGTERM in the middle of a cleanup lets it finish, with `lifespan()`", stops=True)
 def sigterm_during_cleanup(cell: Cell) -> None:
     (request,) = cell.begin("/slow-cleanup")
     cell.hang_up(request)

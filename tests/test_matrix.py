@@ -109,11 +109,6 @@ DIFFERENCES = [
     ),
     Difference(
         ["sigterm_during_cleanup"],
-        ["gunicorn", *GRANIAN],
-        "gunicorn and Granian do not wait at SIGTERM for work whose client has left.",
-    ),
-    Difference(
-        ["sigterm_during_cleanup"],
         ["daphne"],
         "Daphne cancels everything at SIGTERM, cleanups that run included; behind `BaseHTTPMiddleware` AnyIO "
         "keeps that from them.",
