@@ -81,6 +81,7 @@ class Link:
         self._wanted: dict[str, Heard] = {}
         self._waits: dict[str, asyncio.Event] = {}
         self._writing = asyncio.Lock()
+        self._heard = 0
         self._pubsub: PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
 
@@ -173,22 +174,27 @@ class Link:
         away = False
         while True:
             pubsub = self._listening.pubsub()
+            reading: asyncio.Task[None] | None = None
             try:
                 await pubsub.ping()
+                await asyncio.wait_for(pubsub.get_message(timeout=None), COMMAND)
+                if away:
+                    away = False
+                    wait, _ = BACK_OFF
+                    logger.warning("back: %s", self.name)
+                    self._changed(None)
                 names, self._pubsub = list(self._wanted), pubsub  # who joins from here on says so itself
                 for start in range(0, len(names), AT_ONCE):
                     await pubsub.subscribe(*names[start : start + AT_ONCE])
-                while True:
-                    message = await self._next(pubsub)
-                    if away:
-                        away = False
-                        wait, _ = BACK_OFF
-                        logger.warning("back: %s", self.name)
-                        self._changed(None)
-                    self._hear(message)
+                reading = asyncio.get_running_loop().create_task(self._read(pubsub))
+                while await self._hears(reading, QUIET) or await self._answers(reading, pubsub):
+                    pass
+                raise BrokerUnavailable("no answer")
             except Exception as exc:  # whatever redis-py makes of it: nobody else would notice that we are deaf
                 reason = f"{self.name}: {exc or type(exc).__name__}"
             finally:
+                if reading is not None:
+                    await end(reading)
                 async with self._writing:
                     self._pubsub = None
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
@@ -201,14 +207,23 @@ class Link:
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, longest)
 
-    async def _next(self, pubsub: PubSub) -> dict[str, Any]:
-        message: dict[str, Any] | None = await pubsub.get_message(timeout=QUIET)
-        if message is None:
-            await pubsub.ping()
-            message = await pubsub.get_message(timeout=COMMAND)
-            if message is None:
-                raise BrokerUnavailable("no answer")
-        return message
+    async def _read(self, pubsub: PubSub) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=None)
+            self._heard += 1
+            self._hear(message)
+
+    async def _hears(self, reading: asyncio.Task[None], seconds: float) -> bool:
+        """Whether anything has come in that time. What ends the reading is raised."""
+        before = self._heard
+        await asyncio.wait([reading], timeout=seconds)
+        if reading.done():
+            reading.result()
+        return self._heard > before
+
+    async def _answers(self, reading: asyncio.Task[None], pubsub: PubSub) -> bool:
+        await pubsub.ping()
+        return await self._hears(reading, COMMAND)
 
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["type"]
