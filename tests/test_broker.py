@@ -520,6 +520,22 @@ class TestOnAsyncio:
                 assert task.cancelled()
                 await nobody_listens(broker)
 
+    async def test_publishing_is_cancelled(self, new: Open) -> None:
+        """Python 3.11: in redis-py alone a cancellation can get lost."""
+
+        async def publish_and_wait() -> None:
+            await broker.publish("news", "x")
+            await asyncio.Event().wait()
+
+        async with new() as broker:
+            for turns in range(25):
+                task = asyncio.create_task(publish_and_wait())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                done, _ = await asyncio.wait([task], timeout=DEADLINE)
+                assert done, turns
+
     async def test_cancelled_again_while_leaving(self, new: Open) -> None:
         """The looker leaves for it."""
         async with new() as broker:

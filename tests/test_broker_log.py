@@ -30,7 +30,8 @@ class Asked(NamedTuple):
 class Store:
     """What Redis does, one command at a time. Every event says how many there were before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self.kept = kept
         self.published = 0
         self.clock = 100
         self.lost: set[str | None] = set()  # what nobody has heard of before is missed by nobody
@@ -66,7 +67,7 @@ class Store:
         self.published += 1
         entry = Entry(self.newest, Event(str(self.newest), b"data: %d\r\n\r\n" % self.published), after)
         self.entries.append(entry)
-        if len(self.entries) > KEPT:
+        if len(self.entries) > self.kept:
             del self.entries[0]
             self.harmed = True
         return entry
@@ -105,10 +106,12 @@ class Reader:
 
 
 class Machine(RuleBasedStateMachine):
+    kept = KEPT
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.store = Store()
+        self.store = Store(self.kept)
         self.log = Log(self.store.newest, REMEMBERED, 3600)
         self.flying: deque[Entry] = deque()
         self.asked: list[Asked] = []
@@ -251,8 +254,24 @@ class Machine(RuleBasedStateMachine):
             self.loop.run_forever()
 
 
+class Harmless(Machine):
+    """Nothing is forgotten, whatever else happens: then there is no gap."""
+
+    kept = 1_000
+
+    @rule()
+    def begin_anew(self) -> None:
+        self.lose_the_connection(1)
+        self.store.begin_anew(0)
+
+    def forget(self) -> None:
+        raise NotImplementedError
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestHarmless = Harmless.TestCase
+TestHarmless.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
 
 
 # -- the races, one by one -------------------------------------------------------------------

