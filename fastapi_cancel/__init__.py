@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from .broker import Broker, BrokerUnavailable, Gap, connect
     from .events import LastEventID, get_last_event_id
     from .exceptions import CancelError, ClientGone, InvalidEvent, NotCancellable, RequestCancelled
+    from .lifespan import lifespan
     from .listening import limit_silence, listening_socket
     from .policy import CancelPolicy, Cause, cancel_policy, never_cancel
     from .remote import Run, Stoppable, header
     from .responses import CancellableFileResponse, CancellableStreamingResponse
+    from .resumable import AlreadyRunning, Resumable
     from .routing import CancellableRoute
     from .rsgi import RSGI
     from .shutdown import drain
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlreadyRunning",
     "Broker",
     "BrokerUnavailable",
     "CancelError",
@@ -37,6 +40,7 @@ __all__ = [
     "NotCancellable",
     "RSGI",
     "RequestCancelled",
+    "Resumable",
     "Run",
     "SSEResponse",
     "ServerSentEvent",
@@ -49,12 +53,14 @@ __all__ = [
     "get_cancel_token",
     "get_last_event_id",
     "header",
+    "lifespan",
     "limit_silence",
     "listening_socket",
     "never_cancel",
 ]
 
 _WHERE = {
+    "AlreadyRunning": "resumable",
     "Broker": "broker",
     "BrokerUnavailable": "broker",
     "CancelError": "exceptions",
@@ -72,6 +78,7 @@ _WHERE = {
     "NotCancellable": "exceptions",
     "RSGI": "rsgi",
     "RequestCancelled": "exceptions",
+    "Resumable": "resumable",
     "Run": "remote",
     "SSEResponse": "sse",
     "ServerSentEvent": "sse",
@@ -84,6 +91,7 @@ _WHERE = {
     "get_cancel_token": "token",
     "get_last_event_id": "events",
     "header": "remote",
+    "lifespan": "lifespan",
     "limit_silence": "listening",
     "listening_socket": "listening",
     "never_cancel": "policy",

@@ -54,7 +54,7 @@ from starlette.types import Message, Send
 from ._ahead import Ahead
 from ._heart import Pulse, current_heart
 from .events import encode, is_whole
-from .exceptions import ClientGone, InvalidEvent, RequestCancelled
+from .exceptions import ClientGone, InvalidEvent, RequestCancelled, Stalled
 from .ladder import RUN, Ladder
 from .policy import HERE, PARTING, Cause
 
@@ -172,6 +172,9 @@ class EventStream:
                 await self._pump()
             except InvalidEvent as fault:
                 logger.error("%s: the stream ends here: %s", self._ladder.name(), fault, exc_info=fault)
+            except Stalled:
+                self._ladder.signal("stalled", at_once=True)
+                self._check()
             except (RequestCancelled, ClientGone):
                 raise
             except Exception:

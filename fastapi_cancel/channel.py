@@ -39,6 +39,7 @@ Races, and why each is harmless:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from time import monotonic
 
 import anyio
@@ -74,6 +75,8 @@ class Channel:
     _news: anyio.Event | None = None
     _asked = _body_complete = _ended = _reading = False
     _finishing = _flowing = _trailers = False
+    _headers: Iterable[tuple[bytes, bytes]] = ()
+    _left: int | None = None
     _waits_seen = -1
     _waited_at = 0.0
     _writes = 0
@@ -198,10 +201,16 @@ class Channel:
                     await self.ladder.turn()
                     if not self.gone:  # Hypercorn hears of it a turn later
                         await self.ladder.turn()
+                if not self._flowing:
+                    self._left = _content_length(self._headers)
+                if self._left is not None:
+                    self._left -= len(message.get("body", b""))
+                    last = self._left <= 0 and not self._trailers
             else:
                 last = not self._trailers
         elif kind == "http.response.start":
             self.started = not self.gone
+            self._headers = message.get("headers", ())
             if "trailers" in message:
                 self._trailers = message["trailers"]
         else:
@@ -259,6 +268,14 @@ class Channel:
         self._ahead = self._error = None
         if self._stall_timer is not None:
             self._stall_timer.cancel()
+
+
+def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """How many bytes a response has: with the last of them it is complete, whatever its iterator still does."""
+    for name, value in headers:
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value)
+    return None
 
 
 def _expects_continue(scope: Scope) -> bool:

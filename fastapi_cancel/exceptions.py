@@ -35,6 +35,10 @@ class InvalidEvent(CancelError, ValueError):
     """An event of a stream cannot be sent: the message names the field, and what is allowed."""
 
 
+class Stalled(CancelError):
+    """A subscriber reads too slowly: more events wait for it than may. Ends an ``SSEResponse`` as ``stalled``."""
+
+
 class NotCancellable(CancelError, RuntimeError):
     """A token was asked for on a route that nobody watches."""
 

@@ -54,6 +54,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from types import MappingProxyType, coroutine
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from starlette.types import Scope
 
@@ -69,6 +70,9 @@ RUNNING = object()
 """What the work waits for while it does not wait."""
 
 _LISTENING = threading.Lock()
+
+ending: WeakKeyDictionary[Ladder, int] = WeakKeyDictionary()
+"""The ladders whose work ends early and has not ended yet, each with the thread of its event loop."""
 
 
 class Timer(Protocol):
@@ -135,6 +139,7 @@ class Ladder(ABC):
                 self._cancel()
             return False
         self.cause = cause
+        ending[self] = threading.get_ident()
         for tell in self._listeners:
             tell()
         if self.policy.grace and not at_once:
@@ -250,6 +255,8 @@ class Ladder(ABC):
         self._listeners = ()
         if self._timers:
             self._stop(*self._timers)
+        if self.cause is not None:
+            ending.pop(self, None)
 
     def _on_wait(self) -> None:
         self._restless = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -18,7 +19,7 @@ from ._native import NativeLadder, has_scope
 from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
 from .exceptions import is_quiet
-from .ladder import Ladder
+from .ladder import Ladder, ending
 from .policy import PARTING, CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
@@ -74,7 +75,11 @@ async def protect(
             scope["asgi"] = asgi
     cause: Cause | None = ladder.cause or ("disconnect" if channel.gone else None)
     if cause is not None and (channel.interrupted or not channel.completed):
-        await _conclude(channel, cause, receive, send)
+        ending[ladder] = threading.get_ident()
+        try:
+            await _conclude(channel, cause, receive, send)
+        finally:
+            del ending[ladder]
 
 
 def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:

@@ -49,8 +49,11 @@ class CancellableRoute(APIRoute):
         """This route class, whose requests can be stopped from anywhere; see :mod:`~fastapi_cancel.remote`.
 
         :raises TypeError: ``stoppable`` is no :class:`~fastapi_cancel.remote.Stoppable`
+        :raises ValueError: when a route is made whose path has not the parameters that the key names
         """
-        if not hasattr(stoppable, "running"):
+        from .remote import Stoppable  # the core does not need a broker
+
+        if not isinstance(stoppable, Stoppable):
             raise TypeError(f"stoppable must be a Stoppable, not {stoppable!r}")
         return type(cls.__name__, (cls,), {"stoppable": stoppable, "__module__": cls.__module__})
 
@@ -59,6 +62,8 @@ class CancellableRoute(APIRoute):
         wrapped = closing(endpoint)
         self._yields = wrapped is not endpoint
         super().__init__(path, wrapped, **kwargs)
+        if self.stoppable is not None:
+            self.stoppable.check(path, self.param_convertors)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         policy = policy_of(self._declared, self.policy)

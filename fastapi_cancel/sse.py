@@ -168,6 +168,17 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
             ladder.adopt(ladder.policy.replace(grace=self._shutdown_grace_period))
         ladder.signal("shutdown")
 
+    def take_content(self) -> tuple[AsyncContentStream, list[Cleanup]]:
+        """Take out what makes the events, with its cleanups, to run it elsewhere; see :mod:`.resumable`."""
+        cleanups, self._cleanups = self._cleanups, []
+        return self.body_iterator, cleanups
+
+    def put_content(self, content: AsyncIterable[Event]) -> SSEResponse:
+        """Send these events instead of its own, which have been taken out."""
+        self.body_iterator = _as_async(content)
+        self._sources = [self.body_iterator]
+        return self
+
     # -- one request -------------------------------------------------------------------------
 
     def _policy_over(self, default: CancelPolicy) -> CancelPolicy:

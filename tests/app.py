@@ -29,6 +29,7 @@ from fastapi_cancel import (
     CancelPolicy,
     Token,
     cancel_policy,
+    lifespan,
     never_cancel,
 )
 
@@ -43,7 +44,7 @@ def reset() -> None:
 
 
 reset()
-app = FastAPI()
+app = FastAPI(lifespan=lifespan() if os.environ.get("LIFESPAN") else None)
 router = APIRouter(route_class=CancellableRoute)
 
 

@@ -191,10 +191,10 @@ async def test_away_at_the_start() -> None:
 async def test_too_old(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     broker = open_at(redis_server)
 
-    async def info(section: str) -> dict[str, str]:
+    async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "6.0.16"}
 
-    monkeypatch.setattr(broker._link._commands, "info", info)
+    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
     with pytest.raises(BrokerUnavailable, match=r"Redis 6\.0\.16 is too old, 6\.2 is needed"):
         await broker.open()
 
@@ -211,10 +211,10 @@ async def test_a_cluster_is_told() -> None:
 async def test_a_sentinel_is_told(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     broker = open_at(redis_server)
 
-    async def info(section: str) -> dict[str, str]:
+    async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "7.0.15", "redis_mode": "sentinel"}
 
-    monkeypatch.setattr(broker._link._commands, "info", info)
+    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
     with pytest.raises(BrokerUnavailable, match="this is a sentinel"):
         await broker.open()
 
@@ -632,3 +632,26 @@ async def test_no_task_is_left(redis_server: RedisServer) -> None:
     async with open_at(redis_server, prefix="tasks:") as broker, broker.subscribe("news", "1-1") as events:
         await take(events, 1)
     assert asyncio.all_tasks() == before
+
+
+def test_opened_again_in_another_event_loop(redis_server: RedisServer) -> None:
+    """As tests do with the broker of an application."""
+    broker = open_at(redis_server)
+
+    async def use(text: str) -> None:
+        async with broker, broker.subscribe("loops") as events:
+            async with anyio.create_task_group() as group:  # more than there are connections
+                for _ in range(10):
+                    group.start_soon(broker.publish, "loops", text)
+            assert data(await take(events, 10)) == [text] * 10
+
+    for text in ("first", "second"):
+        asyncio.run(use(text))
+
+
+@on_asyncio
+async def test_opened_twice(redis_server: RedisServer) -> None:
+    async with open_at(redis_server) as broker:
+        with pytest.raises(RuntimeError, match="the broker is open already"):
+            await broker.open()
+        await broker.publish("news", "still there")

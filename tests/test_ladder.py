@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -628,24 +630,22 @@ async def test_a_native_cancellation_after_the_work_took_ours_back_is_not_swallo
 
 @native
 async def test_a_request_leaves_no_reference_cycle(kind: str) -> None:
-    import gc
-
-    async def host(work: Work) -> None:
+    async def host(work: Work) -> weakref.ref[Ladder]:
         ladder = make(kind)
         ladder.listen(lambda: ladder.cause)
         asyncio.get_running_loop().call_soon(ladder.signal, "disconnect")
         await ladder.run(work())
+        return weakref.ref(ladder)
 
     async def cancelled() -> None:
         await asyncio.sleep(60)
 
-    await host(cancelled)
     gc.collect()
     gc.disable()
     try:
-        for _ in range(10):
-            await host(cancelled)
-        assert gc.collect() < 10
+        ladders = [await host(cancelled) for _ in range(10)]
+        await asyncio.sleep(0)  # the helpers end a turn later
+        assert [ladder() for ladder in ladders] == [None] * 10
     finally:
         gc.enable()
 

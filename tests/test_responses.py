@@ -299,6 +299,38 @@ async def test_a_client_that_leaves_while_a_generator_at_its_end_cleans_up(means
     assert (visit.cause, notes) == ("disconnect", ["closed"])
 
 
+@pytest.mark.parametrize("kind", [CancellableStreamingResponse, StreamingResponse])
+async def test_a_client_that_leaves_with_all_the_bytes_that_were_announced(kind: type[StreamingResponse]) -> None:
+    """C5: the response is complete, whatever its generator still does."""
+    notes = Notes()
+
+    async def content() -> AsyncIterator[bytes]:
+        try:
+            yield b"1234"
+            yield b"5678"
+        finally:
+            visit.leave()
+            await anyio.sleep(0.01)
+            notes.append("closed")
+
+    response = kind(content(), headers={"Content-Length": "8"})
+    async with client(partial(protect, response, policy=CancelPolicy())).visit("GET", "/") as visit:
+        pass
+    visit.assert_clean()
+    assert (visit.cause, visit.body, notes) == (None, b"12345678", ["closed"])
+
+
+@pytest.mark.parametrize("length", ["9", "-8", "x"])
+async def test_a_client_that_leaves_before_all_the_bytes_that_were_announced(length: str) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b"12345678"
+        await anyio.sleep_forever()
+
+    response = CancellableStreamingResponse(content(), headers={"Content-Length": length})
+    visit = await clean(response, leave=after_chunks(1))
+    assert visit.cause == "disconnect"
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_native_cancellation_cuts_one_hook_short_and_not_the_rest() -> None:
     notes = Notes()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from ..exceptions import Stalled
 from ._urls import without_secrets
 from .base import Broker, BrokerUnavailable
-from .log import Event, Gap, Stalled, Subscription
+from .log import Event, Gap, Subscription
 from .memory import MemoryBroker
 
 __all__ = ["Broker", "BrokerUnavailable", "Event", "Gap", "MemoryBroker", "Stalled", "Subscription", "connect"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
 from contextlib import suppress
 
@@ -18,9 +17,7 @@ import anyio
 from ._link import Link
 from ._scripts import ENTER, LEAVE, STOP
 from .base import BrokerUnavailable
-from .runs import EARLY_AT_MOST, Runs, Tell
-
-logger = logging.getLogger("fastapi_cancel")
+from .runs import EARLY_AT_MOST, Running, Runs
 
 LEASE = 30.0  # seconds until a run whose worker has died is forgotten
 ENTERING = 1.0  # seconds that a run waits for Redis before it begins
@@ -36,7 +33,7 @@ class RedisRuns(Runs):
         self._topics = f"{prefix}worker:"
         self.topic = self._topics + self._worker
         self._prefix = f"{prefix}runs:"
-        self._runs: dict[tuple[str, str], Tell] = {}
+        self._runs: dict[str, Running] = {}
         self._again = anyio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -50,24 +47,21 @@ class RedisRuns(Runs):
             await asyncio.wait([self._task])
             self._task = None
 
-    async def enter(self, key: str, run: str, tell: Tell) -> None:
-        self._runs[key, run] = tell
+    async def enter(self, this: Running) -> None:
+        self._runs[this.token] = this
         with anyio.move_on_after(ENTERING, shield=True) as scope:  # cut off, it might enter after it has left
             with suppress(BrokerUnavailable):
-                await self._enter([(key, run)])
+                await self._enter([this])
         if scope.cancelled_caught:
             self.enter_again()
 
-    async def leave(self, key: str, run: str) -> None:
-        del self._runs[key, run]
+    async def leave(self, this: Running) -> None:
+        del self._runs[this.token]
         with suppress(BrokerUnavailable):  # then it runs out
-            await self._leave(key, run)
-
-    async def _leave(self, key: str, run: str) -> None:
-        await self._link.run(LEAVE, ([self._prefix + key], [run, int(EARLY_AT_MOST * 1000)]))
+            await self._leave([this])
 
     async def stop(self, key: str, run: str | None, reason: str, early: float) -> int:
-        arguments = [run or "", reason, int(early * 1000), self._topics, key]
+        arguments = [run or "", reason, int(early * 1000), self._topics]
         (count,) = await self._link.run(STOP, ([self._prefix + key], arguments))
         return int(count)
 
@@ -80,24 +74,26 @@ class RedisRuns(Runs):
             with anyio.move_on_after(LEASE / 3):
                 await self._again.wait()
             self._again = anyio.Event()
-            runs = list(self._runs)
+            runs = list(self._runs.values())
             for start in range(0, len(runs), AT_ONCE):
                 with suppress(BrokerUnavailable):
                     await self._enter(runs[start : start + AT_ONCE])
 
-    async def _enter(self, runs: list[tuple[str, str]]) -> None:
-        calls = [([self._prefix + key], [run, self._worker, int(LEASE * 1000)]) for key, run in runs]
-        for at, reason in zip(runs, await self._link.run(ENTER, *calls), strict=True):
-            if at not in self._runs:  # it has left meanwhile
-                await self._leave(*at)
-            elif reason is not None:
-                self._tell(*at, reason.decode())
+    async def _enter(self, runs: list[Running]) -> None:
+        lease = int(LEASE * 1000)
+        calls = [([self._prefix + each.key], [each.token, each.run, self._worker, lease]) for each in runs]
+        for each, reason in zip(runs, await self._link.run(ENTER, *calls), strict=True):
+            if reason is not None:
+                each.tell(reason.decode())
+        if gone := [each for each in runs if each.token not in self._runs]:  # it has left meanwhile
+            await self._leave(gone)
+
+    async def _leave(self, runs: list[Running]) -> None:
+        calls = [([self._prefix + each.key], [each.token, int(EARLY_AT_MOST * 1000)]) for each in runs]
+        await self._link.run(LEAVE, *calls)
 
     def _hear(self, message: bytes) -> None:
         told = json.loads(message)
-        for run in told["runs"]:
-            self._tell(told["key"], run, told["reason"])
-
-    def _tell(self, key: str, run: str, reason: str) -> None:
-        if (tell := self._runs.get((key, run))) is not None:
-            tell(reason)
+        for token in told["runs"]:
+            if (this := self._runs.get(token)) is not None:
+                this.tell(told["reason"])

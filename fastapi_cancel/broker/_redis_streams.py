@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import Any
+from typing import Any, cast
 
 from ._link import Link
 from ._scripts import ATTEND, CLAIM, DEPART, FIND, FINISH, PRODUCE, RENEW
-from .streams import Found, News, Streams
+from .streams import Fate, Found, News, Streams, ending
 
 
 class RedisStreams(Streams):
@@ -38,25 +38,25 @@ class RedisStreams(Streams):
     async def find(self, key: str) -> Found | None:
         if (found := await self._run(FIND, key)) is None:
             return None
-        run, epoch, state, last, heard_of = found
-        return Found(run.decode(), int(epoch), state.decode(), int(last), bool(heard_of))
+        run, epoch, state, last = found
+        return Found(run.decode(), int(epoch), state.decode(), int(last))
 
     async def produce(self, key: str, run: str, number: int, wire: bytes) -> bool:
-        topic = f"{self._prefix}channel:{self.channel(key)}"
-        return bool(await self._run(PRODUCE, key, run, number, wire, self._retain, self._max_age, topic))
+        return bool(await self._run(PRODUCE, key, run, number, wire, *self._log(key)))
 
     async def renew(self, key: str, run: str, lease: float) -> tuple[float | None, int] | None:
         if (seen := await self._run(RENEW, key, run, _milliseconds(lease), self._max_age)) is None:
             return None
         idle, at = seen
-        return None if idle < 0 else idle / 1000, at
+        return None if idle is None else idle / 1000, at
 
-    async def finish(self, key: str, run: str, state: str, last: int, keep: float) -> None:
-        await self._run(FINISH, key, run, state, last, _milliseconds(keep))
+    async def finish(self, key: str, run: str, state: str, keep: float, *words: bytes) -> bool:
+        arguments = [run, state, _milliseconds(keep), *self._log(key), *words, ending(state)]
+        return bool(await self._run(FINISH, key, *arguments))
 
-    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> bool | None:
-        heard_of = await self._run(ATTEND, key, run, reader, at, _milliseconds(lease), self._topics)
-        return bool(heard_of) if heard_of is not None else None
+    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> Fate:
+        fate = await self._run(ATTEND, key, run, reader, at, _milliseconds(lease), self._topics)
+        return cast(Fate, fate.decode())
 
     async def depart(self, key: str, run: str, reader: str) -> None:
         await self._run(DEPART, key, run, reader, self._topics)
@@ -66,6 +66,10 @@ class RedisStreams(Streams):
             self._news.pop(run, None)
         else:
             self._news[run] = news
+
+    def _log(self, key: str) -> tuple[int, int, str]:
+        """What there is to know for appending: how many to keep, for how long, whom to tell."""
+        return self._retain, self._max_age, f"{self._prefix}channel:{self.channel(key)}"
 
     async def _run(self, script: str, key: str, *arguments: object) -> Any:
         keys = [f"{self._prefix}stream:{{{key}}}", f"{self._prefix}log:{self.channel(key)}"]

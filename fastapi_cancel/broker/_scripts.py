@@ -98,7 +98,7 @@ return {id, redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', ARGV[2])
 """
 )
 
-# The runs of a key are a hash: "run:<id>" is {worker, until, reason}, "early:<id>" is {until, reason},
+# The runs of a key are a hash: "run:<token>" is {id, worker, until, reason}, "early:<id>" is {until, reason},
 # "ended" is when one has ended. Times are Redis' own, in milliseconds.
 
 _RUNS = (
@@ -120,11 +120,12 @@ end
 ENTER = (
     _RUNS
     + """
--- the runs; the run, its worker, milliseconds until it has to enter again. The reason if it is to stop.
+-- the runs; the run's token and id, its worker, milliseconds until it has to enter again.
+-- The reason if it is to stop.
 local run = get('run:' .. ARGV[1])
 local reason = run and run.reason
 if not run then
-  for _, name in ipairs({ARGV[1], ''}) do
+  for _, name in ipairs({ARGV[2], ''}) do
     local early = get('early:' .. name)
     if early then
       redis.call('HDEL', key, 'early:' .. name)
@@ -132,9 +133,9 @@ if not run then
     end
   end
 end
-local entry = {worker = ARGV[2], ['until'] = time + ARGV[3], reason = reason or nil}
+local entry = {id = ARGV[2], worker = ARGV[3], ['until'] = time + ARGV[4], reason = reason or nil}
 redis.call('HSET', key, 'run:' .. ARGV[1], cjson.encode(entry))
-keep(tonumber(ARGV[3]))
+keep(tonumber(ARGV[4]))
 return reason
 """
 )
@@ -142,7 +143,7 @@ return reason
 LEAVE = (
     _RUNS
     + """
--- the runs; the run, milliseconds to remember that it has ended
+-- the runs; the run's token, milliseconds to remember that it has ended
 redis.call('HDEL', key, 'run:' .. ARGV[1])
 redis.call('HSET', key, 'ended', string.format('%.0f', time))
 keep(tonumber(ARGV[2]))
@@ -152,25 +153,25 @@ keep(tonumber(ARGV[2]))
 STOP = (
     _RUNS
     + """
--- the runs; the run or '', the reason, milliseconds to wait for a run, what its worker listens to, the key's name
+-- the runs; the run's id or '', the reason, milliseconds to wait for a run, what its worker listens to
 local fields, count, told = redis.call('HGETALL', key), 0, {}
 for i = 1, #fields, 2 do
-  local run = string.match(fields[i], '^run:(.*)$')
-  if run then
+  local token = string.match(fields[i], '^run:(.*)$')
+  if token then
     local entry = cjson.decode(fields[i + 1])
     if entry['until'] <= time then
       redis.call('HDEL', key, fields[i])
-    elseif ARGV[1] == '' or ARGV[1] == run then
+    elseif ARGV[1] == '' or ARGV[1] == entry.id then
       entry.reason = ARGV[2]
       redis.call('HSET', key, fields[i], cjson.encode(entry))
       count = count + 1
       told[entry.worker] = told[entry.worker] or {}
-      table.insert(told[entry.worker], run)
+      table.insert(told[entry.worker], token)
     end
   end
 end
 for worker, runs in pairs(told) do
-  redis.call('PUBLISH', ARGV[4] .. worker, cjson.encode({key = ARGV[5], runs = runs, reason = ARGV[2]}))
+  redis.call('PUBLISH', ARGV[4] .. worker, cjson.encode({runs = runs, reason = ARGV[2]}))
 end
 local ended = tonumber(redis.call('HGET', key, 'ended') or 0)
 if count == 0 and (ARGV[1] ~= '' or ended + ARGV[3] <= time) then
@@ -197,7 +198,13 @@ local function is_live()
   return get('state') == 'live' and tonumber(get('until')) > time
 end
 
-local function readers()
+local function read_by(id, at, lease)
+  local reader = cjson.encode({['until'] = time + lease, at = tonumber(at)})
+  redis.call('HSET', stream, 'reader:' .. id, reader)
+  redis.call('HDEL', stream, 'idle')
+end
+
+local function readers(idle_from)
   local fields, count, at = redis.call('HGETALL', stream), 0, 0
   for i = 1, #fields, 2 do
     if string.sub(fields[i], 1, 7) == 'reader:' then
@@ -209,7 +216,7 @@ local function readers()
       end
     end
   end
-  if count == 0 then redis.call('HSETNX', stream, 'idle', string.format('%.0f', time)) end
+  if count == 0 then redis.call('HSETNX', stream, 'idle', string.format('%.0f', idle_from)) end
   return count, at
 end
 
@@ -223,15 +230,16 @@ CLAIM = (
     _STREAM
     + """
 -- the stream, its log; the run, its worker, milliseconds until it has to be heard of, whether to replace a live one,
--- milliseconds to keep it
+-- milliseconds to keep it. Whoever claims it is its first reader.
 local before, epoch = get('run'), tonumber(get('epoch') or 0)
 local live = is_live()
-if live and ARGV[4] == '0' then return {before, tostring(get('epoch')), false} end
+if live and (ARGV[4] == '0' or before == ARGV[1]) then return {before, get('epoch'), false} end
 epoch = string.format('%.0f', math.max(time, epoch + 1))
 redis.call('DEL', stream, log)
 create(log, tonumber(epoch))
 redis.call('HSET', stream, 'run', ARGV[1], 'epoch', epoch, 'state', 'live', 'worker', ARGV[2],
-  'until', string.format('%.0f', time + ARGV[3]), 'idle', string.format('%.0f', time))
+  'until', string.format('%.0f', time + ARGV[3]))
+read_by(ARGV[1], 0, ARGV[3])
 redis.call('PEXPIRE', stream, ARGV[5])
 redis.call('PEXPIRE', log, ARGV[5])
 return {ARGV[1], epoch, live and before}
@@ -243,10 +251,11 @@ PRODUCE = (
     + """
 -- the stream, its log; the run, the event's number, its wire format, how many to keep, milliseconds to keep one,
 -- the channel. Whether it is there now, which it may have been before.
-if get('run') ~= ARGV[1] then return 0 end
+if get('run') ~= ARGV[1] or get('state') ~= 'live' then return 0 end
 local last = last_id(log)
-if not last then return 0 end
-local number = tonumber(string.match(last, '-(%d+)'))
+local number = last and string.match(last, '^' .. get('epoch') .. '-(%d+)')
+if not number then return 0 end
+number = tonumber(number)
 if number == ARGV[2] - 1 then
   append(log, last, ARGV[3], ARGV[4], ARGV[5], ARGV[6])
   redis.call('PEXPIRE', stream, ARGV[5])
@@ -261,23 +270,32 @@ RENEW = (
     _STREAM
     + """
 -- the stream, its log; the run, milliseconds until it has to be heard of, milliseconds to keep it.
--- For how long nobody has read it, or -1; how far the quickest reader is.
+-- For how long nobody has read it, if so; how far the quickest reader is.
+-- Readers that were not heard of may have been kept from it, as we were: they have a little time.
 if get('run') ~= ARGV[1] then return false end
 redis.call('HSET', stream, 'until', string.format('%.0f', time + ARGV[2]))
 redis.call('PEXPIRE', stream, ARGV[3])
-local count, at = readers()
-return {count == 0 and time - tonumber(get('idle')) or -1, at}
+local count, at = readers(time + ARGV[2] * 2 / 3)
+return {count == 0 and time - tonumber(get('idle')), at}
 """
 )
 
 FINISH = (
     _STREAM
     + """
--- the stream, its log; the run, how it has ended, the number of its last event, milliseconds to keep it
-if get('run') ~= ARGV[1] then return end
-redis.call('HSET', stream, 'state', ARGV[2], 'last', ARGV[3])
-redis.call('PEXPIRE', stream, ARGV[4])
-redis.call('PEXPIRE', log, ARGV[4])
+-- the stream, its log; the run, how it has ended, milliseconds to keep it, how many events to keep, milliseconds to
+-- keep one, the channel, and the last events. Whether they are there now, which they may have been before.
+if get('run') ~= ARGV[1] then return 0 end
+if get('state') ~= 'live' then return 1 end
+local last = last_id(log)
+if not last then return 0 end
+for i = 7, #ARGV do
+  last = append(log, last, ARGV[i], ARGV[4], ARGV[5], ARGV[6])
+end
+redis.call('HSET', stream, 'state', ARGV[2], 'last', string.match(last, '-(%d+)'))
+redis.call('PEXPIRE', stream, ARGV[3])
+redis.call('PEXPIRE', log, ARGV[3])
+return 1
 """
 )
 
@@ -286,8 +304,7 @@ FIND = (
     + """
 -- the stream, its log
 local state = get('state')
-if not state then return false end
-return {get('run'), get('epoch'), state, get('last') or '0', (state ~= 'live' or is_live()) and 1 or 0}
+return state and {get('run'), get('epoch'), state, get('last') or '0'}
 """
 )
 
@@ -295,13 +312,13 @@ ATTEND = (
     _STREAM
     + """
 -- the stream, its log; the run, the reader, the number it has read, milliseconds until it is to be heard of again,
--- what the producer's worker listens to
-if get('run') ~= ARGV[1] then return false end
-local reader = cjson.encode({['until'] = time + ARGV[4], at = tonumber(ARGV[3])})
-redis.call('HSET', stream, 'reader:' .. ARGV[2], reader)
-redis.call('HDEL', stream, 'idle')
-if get('state') == 'live' then tell(ARGV[5], tonumber(ARGV[3])) end
-return (get('state') ~= 'live' or is_live()) and 1 or 0
+-- what the producer's worker listens to. What has become of the run.
+local run = get('run')
+if run ~= ARGV[1] then return run and 'replaced' or 'lost' end
+read_by(ARGV[2], ARGV[3], ARGV[4])
+if get('state') ~= 'live' then return 'there' end
+tell(ARGV[5], tonumber(ARGV[3]))
+return is_live() and 'there' or 'silent'
 """
 )
 
@@ -311,6 +328,6 @@ DEPART = (
 -- the stream, its log; the run, the reader, what the producer's worker listens to
 if get('run') ~= ARGV[1] then return end
 redis.call('HDEL', stream, 'reader:' .. ARGV[2])
-if readers() == 0 and get('state') == 'live' then tell(ARGV[3], -1) end
+if readers(time) == 0 and get('state') == 'live' then tell(ARGV[3], -1) end
 """
 )

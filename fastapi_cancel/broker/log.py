@@ -39,7 +39,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import anyio
 from pydantic_core import to_json
 
-from ..exceptions import CancelError
+from ..exceptions import CancelError, Stalled
 
 SEP = "\r\n"
 _ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
@@ -121,10 +121,6 @@ class Here(Event):
         super().__init__(str(place), SEP.encode())
 
 
-class Stalled(CancelError):
-    """A subscriber reads too slowly: more events than it may have wait for it."""
-
-
 class BrokerUnavailable(CancelError, ConnectionError):
     """The store behind a broker does not answer, or is none that we can work with."""
 
@@ -202,7 +198,7 @@ class Log:
         self._entries.append((monotonic(), entry))
         if len(self._entries) > self._size:
             self._entries.popleft()
-        self._wake()
+        self.wake()
 
     def move_to(self, place: Place, known: Place = NOWHERE) -> None:
         """The store says that its newest event is this one.
@@ -214,7 +210,7 @@ class Log:
         if place.epoch != self.place.epoch or place < known:
             self._begin(place)
         self.place = place
-        self._wake()
+        self.wake()
 
     def _begin(self, place: Place) -> None:
         self.place = place
@@ -224,7 +220,7 @@ class Log:
     def fail(self, failure: str | None) -> None:
         """Have the readers that wait fail; ``None``: all is well again."""
         self.failure = failure
-        self._wake()
+        self.wake()
 
     def check(self) -> None:
         """Fail as it was told to."""
@@ -252,7 +248,8 @@ class Log:
             self._more = anyio.Event()
         await self._more.wait()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the readers that wait look again."""
         if self._more is not None:
             self._more.set()
             self._more = None
@@ -276,11 +273,17 @@ class Subscription(AsyncIterator[Event]):
         self._here = after or NOWHERE
         self._read: deque[Entry] = deque()
         self._live = False
+        self._failure: Exception | None = None
 
     @property
     def position(self) -> str:
         """The id of the last event that was read here: what to come back with."""
         return str(self._here)
+
+    def end(self, failure: Exception) -> None:
+        """Have it raise ``failure`` once it has read all there is."""
+        self._failure = failure
+        self._log.wake()
 
     def __aiter__(self) -> Subscription:
         return self
@@ -299,6 +302,8 @@ class Subscription(AsyncIterator[Event]):
                 return event
             if self._here == log.place:
                 self._live = True
+                if self._failure is not None:
+                    raise self._failure
                 log.check()
                 await log.wait()
                 continue

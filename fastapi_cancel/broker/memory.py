@@ -20,7 +20,7 @@ class MemoryBroker(Broker):
     def __init__(self, *, retain: int = 1000, max_age: float = 3600.0) -> None:
         super().__init__(retain=retain, max_age=max_age)
         self.runs = MemoryRuns()
-        self.streams = MemoryStreams(self._log, self._begin_anew)
+        self.streams = MemoryStreams(self._log, self._begin_anew, lambda channel: self._logs.pop(channel, None))
         self._logs: dict[str, Log] = {}
         self._readers: dict[str, int] = {}
         self._epoch = 0

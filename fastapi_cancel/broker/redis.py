@@ -23,6 +23,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -132,12 +133,17 @@ class RedisBroker(Broker):
         check_seconds("patience", patience, zero=True, none=True)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {prefix!r}")
-        self._link = Link(url, connections, self._joined, self._changed)
-        self.runs: RedisRuns = RedisRuns(self._link, prefix)
-        self.streams: RedisStreams = RedisStreams(self._link, prefix, retain, max_age)
+        self.milliseconds = int(max_age * 1000)
+        self._connect = partial(Link, url, connections, self._joined, self._changed)
         self._prefix = prefix
         self._patience = patience
-        self.milliseconds = int(max_age * 1000)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to one event loop: tests open an application's broker in many, one after the other."""
+        self._link = self._connect()
+        self.runs = self._runs = RedisRuns(self._link, self._prefix)
+        self.streams = self._streams = RedisStreams(self._link, self._prefix, self.retain, self.max_age)
         self._channels: dict[str, _Channel] = {}
         self._to_look: set[str] = set()
         self._work = asyncio.Event()
@@ -146,17 +152,19 @@ class RedisBroker(Broker):
         self.failure: str | None = None
 
     async def open(self) -> None:
-        self.failure = None
+        if self._looker is not None:
+            raise RuntimeError("the broker is open already")
+        self._begin()
         await self._link.open()
-        await self.runs.open()
-        await self.streams.open()
+        await self._runs.open()
+        await self._streams.open()
         self._looker = asyncio.get_running_loop().create_task(self._look(), name="fastapi_cancel Redis looker")
 
     async def aclose(self) -> None:
         if self._looker is not None:
             await end(self._looker)
             self._looker = None
-        await self.runs.aclose()
+        await self._runs.aclose()
         self._changed(None)
         self._fail(CLOSED)
         await self._link.aclose()
@@ -236,8 +244,8 @@ class RedisBroker(Broker):
     # -- looking -----------------------------------------------------------------------------
 
     def _joined(self, topic: str) -> None:
-        if topic == self.runs.topic:
-            self.runs.enter_again()
+        if topic == self._runs.topic:
+            self._runs.enter_again()
         elif topic.startswith(self._topic("")):
             self._remember(topic.removeprefix(self._topic("")))
 

@@ -2,23 +2,28 @@
 
 There is one stream a key: the events are the log of a channel, and this is the record beside it. A *run* produces
 it. As long as it is heard of, it is the only one; once it has finished, or has not been heard of for its lease,
-the next one may begin, with a new log.
+the next one may begin, with a new log. The last event of a log is a comment that says how the stream has ended.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-from .log import Event, Log, Place
+from .log import SEP, Event, Log, Place
 
 LIVE = "live"
+_ENDING = re.compile(rb": fastapi-cancel stream (\w+)\r\n\r\n$")
+SWEEP = 100  # streams that begin between two looks for those that are to be forgotten
 
-News = Callable[[int | None], object]
+News: TypeAlias = Callable[[int | None], object]
 """Is told how far a reader is; ``None``: the last one has left."""
+Fate: TypeAlias = Literal["there", "silent", "replaced", "lost"]
+"""What has become of a run: it is heard of, or has ended; it is not heard of; there is another; there is none."""
 
 
 class Found(NamedTuple):
@@ -26,14 +31,12 @@ class Found(NamedTuple):
 
     :ivar state: ``"live"``, ``"done"``, ``"failed"``, or the cause of its early end
     :ivar last: once it has ended: the number of its last event
-    :ivar heard_of: whether its producer has been heard of within its lease
     """
 
     run: str
     epoch: int
     state: str = LIVE
     last: int = 0
-    heard_of: bool = True
 
 
 class Streams(ABC):
@@ -46,7 +49,10 @@ class Streams(ABC):
 
     @abstractmethod
     async def claim(self, key: str, run: str, lease: float, replace: bool) -> tuple[Found, str | None]:
-        """Begin a run, unless there is one. Which one it is now, and which one was replaced."""
+        """Begin a run, unless there is one. Which one it is now, and which one was replaced.
+
+        Whoever begins it is its first reader, under the name of the run.
+        """
 
     @abstractmethod
     async def find(self, key: str) -> Found | None: ...
@@ -63,11 +69,12 @@ class Streams(ABC):
         """
 
     @abstractmethod
-    async def finish(self, key: str, run: str, state: str, last: int, keep: float) -> None: ...
+    async def finish(self, key: str, run: str, state: str, keep: float, *words: bytes) -> bool:
+        """Append the last words and the ending, behind whatever there is. False: the run has lost its stream."""
 
     @abstractmethod
-    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> bool | None:
-        """Read the stream, until now as far as ``at``. Whether its producer is heard of; ``None``: it is another's."""
+    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> Fate:
+        """Read the stream, until now as far as ``at``."""
 
     @abstractmethod
     async def depart(self, key: str, run: str, reader: str) -> None: ...
@@ -77,12 +84,23 @@ class Streams(ABC):
         """Have ``news`` told of the readers of a run that is produced in this process; ``None``: no longer."""
 
 
+def ending(state: str) -> bytes:
+    """The last event of a stream."""
+    return f": fastapi-cancel stream {state}{SEP}{SEP}".encode()
+
+
+def how_ended(frame: bytes) -> str | None:
+    """The state in which a stream has ended, if this is its last event."""
+    found = _ENDING.search(frame)
+    return found[1].decode() if found is not None else None
+
+
 @dataclass
 class _Record:
     found: Found
+    readers: dict[str, int]
     ends: float | None = None
-    idle: float | None = field(default_factory=monotonic)
-    readers: dict[str, int] = field(default_factory=dict)
+    idle: float | None = None
 
 
 class MemoryStreams(Streams):
@@ -90,21 +108,31 @@ class MemoryStreams(Streams):
 
     :param log: of a channel
     :param begin_anew: has it begin anew
+    :param forget: lets it go
     """
 
-    def __init__(self, log: Callable[[str], Log], begin_anew: Callable[[str], Log]) -> None:
+    def __init__(
+        self, log: Callable[[str], Log], begin_anew: Callable[[str], Log], forget: Callable[[str], object]
+    ) -> None:
         self._log = log
         self._begin_anew = begin_anew
+        self._forget = forget
         self._records: dict[str, _Record] = {}
         self._news: dict[str, News] = {}
+        self._claims = 0
 
     async def claim(self, key: str, run: str, lease: float, replace: bool) -> tuple[Found, str | None]:
+        self._claims += 1
+        if self._claims % SWEEP == 0:
+            for each in list(self._records):
+                self._record(each)
         before = self._record(key)
         live = before is not None and before.found.state == LIVE
         if before is not None and live and not replace:
             return before.found, None
-        self._records[key] = _Record(Found(run, self._begin_anew(self.channel(key)).epoch))
-        return self._records[key].found, before.found.run if before is not None and live else None
+        found = Found(run, self._begin_anew(self.channel(key)).epoch)
+        self._records[key] = _Record(found, {run: 0})
+        return found, before.found.run if before is not None and live else None
 
     async def find(self, key: str) -> Found | None:
         record = self._record(key)
@@ -113,8 +141,7 @@ class MemoryStreams(Streams):
     async def produce(self, key: str, run: str, number: int, wire: bytes) -> bool:
         if (record := self._record(key, run)) is None:
             return False
-        place = Place(record.found.epoch, number)
-        self._log(self.channel(key)).append(place, Event(str(place), wire))
+        self._append(record, key, number, wire)
         return True
 
     async def renew(self, key: str, run: str, lease: float) -> tuple[float | None, int] | None:
@@ -122,24 +149,30 @@ class MemoryStreams(Streams):
             return None
         return None if record.idle is None else monotonic() - record.idle, max(record.readers.values(), default=0)
 
-    async def finish(self, key: str, run: str, state: str, last: int, keep: float) -> None:
-        if (record := self._record(key, run)) is not None:
-            record.found = record.found._replace(state=state, last=last)
-            record.ends = monotonic() + keep
-
-    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> bool | None:
+    async def finish(self, key: str, run: str, state: str, keep: float, *words: bytes) -> bool:
         if (record := self._record(key, run)) is None:
-            return None
+            return False
+        last = self._log(self.channel(key)).last
+        for wire in (*words, ending(state)):
+            last += 1
+            self._append(record, key, last, wire)
+        record.found = record.found._replace(state=state, last=last)
+        record.ends = monotonic() + keep
+        return True
+
+    async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> Fate:
+        if (record := self._record(key, run)) is None:
+            return "replaced" if key in self._records else "lost"
         record.idle = None
         record.readers[reader] = at
         self._tell(run, at)
-        return True
+        return "there"
 
     async def depart(self, key: str, run: str, reader: str) -> None:
         if (record := self._record(key, run)) is None:
             return
         record.readers.pop(reader, None)
-        if not record.readers:
+        if not record.readers and record.idle is None:
             record.idle = monotonic()
             self._tell(run, None)
 
@@ -149,13 +182,19 @@ class MemoryStreams(Streams):
         else:
             self._news[run] = news
 
+    def _append(self, record: _Record, key: str, number: int, wire: bytes) -> None:
+        place = Place(record.found.epoch, number)
+        self._log(self.channel(key)).append(place, Event(str(place), wire))
+
     def _tell(self, run: str, at: int | None) -> None:
         if (news := self._news.get(run)) is not None:
             news(at)
 
     def _record(self, key: str, run: str | None = None) -> _Record | None:
-        now = monotonic()
-        for each in [each for each, record in self._records.items() if record.ends is not None and record.ends < now]:
-            del self._records[each]
+        """The record of a key, if it is that of this run, and not to be forgotten by now."""
         record = self._records.get(key)
+        if record is not None and record.ends is not None and record.ends < monotonic():
+            del self._records[key]
+            self._forget(self.channel(key))
+            return None
         return record if record is not None and run in (None, record.found.run) else None
