@@ -257,9 +257,8 @@ class TestBroker:
             await broker.publish("news", "read")
             assert data(await take(events, 1)) == ["read"]
             await wait_for_it(events)
-            for number in range(5):
-                last = await broker.publish("news", number)
-            await heard(broker, last)
+            ids = [await broker.publish("news", number) for number in range(5)]
+            await heard(broker, ids[-1])
             gap, *rest = await take(events, 3)
             assert isinstance(gap, Gap)
             assert gap.missed == 3
@@ -268,9 +267,8 @@ class TestBroker:
     async def test_who_reads_slowly_is_ended(self, new: Open) -> None:
         async with new() as broker, broker.subscribe("news", lag=2, slow="end") as events:
             await wait_for_it(events)
-            for number in range(3):
-                last = await broker.publish("news", number)
-            await heard(broker, last)
+            ids = [await broker.publish("news", number) for number in range(3)]
+            await heard(broker, ids[-1])
             with pytest.raises(Stalled, match="more than 2 events"):
                 await take(events, 1)
 

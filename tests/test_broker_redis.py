@@ -194,7 +194,7 @@ async def test_too_old(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatc
     async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "6.0.16"}
 
-    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
+    monkeypatch.setattr("redis.asyncio.Redis.info", info)
     with pytest.raises(BrokerUnavailable, match=r"Redis 6\.0\.16 is too old, 6\.2 is needed"):
         await broker.open()
 
@@ -214,7 +214,7 @@ async def test_a_sentinel_is_told(redis_server: RedisServer, monkeypatch: pytest
     async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "7.0.15", "redis_mode": "sentinel"}
 
-    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
+    monkeypatch.setattr("redis.asyncio.Redis.info", info)
     with pytest.raises(BrokerUnavailable, match="this is a sentinel"):
         await broker.open()
 

@@ -209,7 +209,7 @@ class Link:
 
     async def _read(self, pubsub: PubSub) -> None:
         while True:
-            message = await pubsub.get_message(timeout=None)
+            message: Any = await pubsub.get_message(timeout=None)
             self._heard += 1
             self._hear(message)
 
