@@ -245,7 +245,14 @@ async def _apart(work: Coroutine[Any, Any, Result]) -> Result:
     A cancellation must not end a connection that others use, and redis-py can lose it (``asyncio.wait_for``,
     Python 3.11).
     """
-    return await asyncio.shield(asyncio.get_running_loop().create_task(work))
+    return await asyncio.shield(begin(work))
+
+
+def begin(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+    """In a task. Its error is that of those who wait; once they have gone, nobody's."""
+    task = asyncio.get_running_loop().create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 async def end(task: asyncio.Task[None]) -> None:

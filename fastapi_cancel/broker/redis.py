@@ -29,7 +29,7 @@ from typing import Any
 import anyio
 
 from ..policy import check_seconds
-from ._link import Link, end
+from ._link import Link, begin, end
 from ._redis_runs import RedisRuns
 from ._redis_streams import RedisStreams
 from ._scripts import LOOK, PUBLISH, READ
@@ -81,7 +81,7 @@ class _Channel:
     async def read(self, place: Place) -> tuple[Place, list[Entry]]:
         """The store of its subscribers. Those who are at the same place read together: all, after an outage."""
         if (reading := self._readings.get(place)) is None:
-            reading = self._readings[place] = asyncio.get_running_loop().create_task(self._read(place))
+            reading = self._readings[place] = begin(self._read(place))
         return await asyncio.shield(reading)
 
     async def _read(self, place: Place) -> tuple[Place, list[Entry]]:
