@@ -82,6 +82,7 @@ class Link:
         self._waits: dict[str, asyncio.Event] = {}
         self._writing = asyncio.Lock()
         self._heard = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._pubsub: PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
 
@@ -110,12 +111,33 @@ class Link:
         if self._listener is not None:
             await end(self._listener)
             self._listener = None
+        while self._tasks:
+            await asyncio.wait(self._tasks)  # each has its time limit
         await self._disconnect()
 
     async def _disconnect(self) -> None:
         await self._commands.aclose()
         await self._commands.connection_pool.disconnect()
         await self._listening.aclose()
+
+    async def _apart(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do it in a task of its own.
+
+        A cancellation must not end a connection that others use, and redis-py can lose it (``asyncio.wait_for``,
+        Python 3.11).
+        """
+        return await asyncio.shield(self.begin(work))
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """In a task, for which the closing waits. Its error is that of who waits for it; then nobody's."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        _ = task.cancelled() or task.exception()
 
     # -- commands ----------------------------------------------------------------------------
 
@@ -128,7 +150,7 @@ class Link:
             raise RuntimeError(f"{CLOSED}, or not opened: async with broker, or lifespan(broker)")
         if (known := self._scripts.get(script)) is None:
             known = self._scripts[script] = self._commands.register_script(script)
-        return await _apart(self._run(known, calls))
+        return await self._apart(self._run(known, calls))
 
     async def _run(self, known: AsyncScript, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         try:
@@ -146,7 +168,7 @@ class Link:
     async def join(self, channel: str, heard: Heard) -> None:
         """Have ``heard`` called with all that is published there from now on."""
         self._wanted[channel] = heard
-        await _apart(self._join(channel))
+        await self._apart(self._join(channel))
 
     async def _join(self, channel: str) -> None:
         with suppress(*AWAY):  # who listens will hear of it as well, and join again
@@ -157,7 +179,7 @@ class Link:
     async def leave(self, channel: str) -> None:
         """Undo it. Redis has confirmed that, or is away."""
         del self._wanted[channel]
-        await _apart(self._leave(channel))
+        await self._apart(self._leave(channel))
 
     async def _leave(self, channel: str) -> None:
         with suppress(*AWAY):
@@ -237,22 +259,6 @@ class Link:
             self._joined(channel)
         elif (event := self._waits.pop(channel, None)) is not None:
             event.set()
-
-
-async def _apart(work: Coroutine[Any, Any, Result]) -> Result:
-    """Do it in a task of its own.
-
-    A cancellation must not end a connection that others use, and redis-py can lose it (``asyncio.wait_for``,
-    Python 3.11).
-    """
-    return await asyncio.shield(begin(work))
-
-
-def begin(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-    """In a task. Its error is that of those who wait; once they have gone, nobody's."""
-    task = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task
 
 
 async def end(task: asyncio.Task[None]) -> None:
