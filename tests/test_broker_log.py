@@ -30,7 +30,8 @@ class Asked(NamedTuple):
 class Store:
     """What Redis does, one command at a time. Every event says how many there were before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int) -> None:
+        self.kept = kept
         self.published = 0
         self.clock = 100
         self.lost: set[str | None] = set()  # what nobody has heard of before is missed by nobody
@@ -66,7 +67,7 @@ class Store:
         self.published += 1
         entry = Entry(self.newest, Event(str(self.newest), b"data: %d\r\n\r\n" % self.published), after)
         self.entries.append(entry)
-        if len(self.entries) > KEPT:
+        if len(self.entries) > self.kept:
             del self.entries[0]
             self.harmed = True
         return entry
@@ -90,7 +91,7 @@ class Reader:
     async def read(self) -> None:
         async for event in self.events:
             if isinstance(event, Gap):
-                assert self.machine.store.harmed or self.foreign, f"a gap, but nothing is missing: {event}"
+                assert self.machine.store.harmed, f"a gap, but nothing is missing: {event}"
                 self.gap = True
                 known = self.counted is not None and event.missed is not None
                 self.counted = self.counted + event.missed if known else None  # type: ignore[operator]
@@ -103,14 +104,14 @@ class Reader:
                 assert len(missing) == self.counted, f"{self.counted} missing after {self.seen}: {number}"
             self.seen, self.gap, self.counted = number, False, 0
 
-    foreign = False
-
 
 class Machine(RuleBasedStateMachine):
+    kept = KEPT
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.store = Store()
+        self.store = Store(self.kept)
         self.log = Log(self.store.newest, REMEMBERED, 3600)
         self.flying: deque[Entry] = deque()
         self.asked: list[Asked] = []
@@ -193,8 +194,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def come(self) -> None:
+        """Where this process is, not where the world is."""
         reader = Reader(self, self.log.place)
-        reader.gap, reader.counted = True, None  # where this process is, not where the world is
+        known = [number for place, number in self.ids if place == self.log.place]
+        reader.seen = known[0] if known else 0
+        reader.gap, reader.counted = not known, None
         self.readers.append(reader)
         self.turn()
 
@@ -250,5 +254,75 @@ class Machine(RuleBasedStateMachine):
             self.loop.run_forever()
 
 
+class Harmless(Machine):
+    """Nothing is forgotten, whatever else happens: then there is no gap."""
+
+    kept = 1_000
+
+    @rule()
+    def begin_anew(self) -> None:
+        self.lose_the_connection(1)
+        self.store.begin_anew(0)
+
+    def forget(self) -> None:
+        raise NotImplementedError
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestHarmless = Harmless.TestCase
+TestHarmless.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)
+
+
+# -- the races, one by one -------------------------------------------------------------------
+
+
+def event(number: int) -> Event:
+    return Event(f"1-{number}", b"\r\n")
+
+
+def log_of(*numbers: int) -> Log:
+    log = Log(Place(1, 0), 10, 3600)
+    for number in numbers:
+        log.append(Place(1, number), event(number))
+    return log
+
+
+def in_memory(log: Log) -> list[int]:
+    return [entry.place.number for _, entry in log._entries]
+
+
+def test_a_look_knows_more_than_has_been_heard() -> None:
+    log = log_of(1)
+    log.move_to(Place(1, 3))
+    assert (log.last, in_memory(log)) == (3, [1])
+    log.append(Place(1, 2), event(2))
+    assert (log.last, in_memory(log)) == (3, [1, 2])
+
+
+def test_a_look_is_older_than_what_has_been_heard() -> None:
+    log = log_of(1, 2)
+    log.move_to(Place(1, 1), Place(1, 1))
+    assert (log.last, in_memory(log)) == (2, [1, 2])
+
+
+def test_a_look_is_behind_what_was_known_when_it_was_asked_for() -> None:
+    log = log_of(1, 2)
+    log.move_to(Place(1, 1), Place(1, 2))
+    assert (log.last, in_memory(log)) == (1, [])
+
+
+def test_heard_twice_and_out_of_turn() -> None:
+    log = log_of(1, 2, 2, 1)
+    assert in_memory(log) == [1, 2]
+
+
+def test_a_hole_empties_the_memory() -> None:
+    assert in_memory(log_of(1, 2, 5)) == [5]
+
+
+def test_late_news_of_an_epoch_that_is_over() -> None:
+    log = log_of(1)
+    log.append(Place(2, 7), Event("2-7", b"\r\n"))
+    log.append(Place(1, 2), event(2))
+    assert (log.place, in_memory(log)) == (Place(2, 7), [7])

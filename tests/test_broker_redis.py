@@ -123,6 +123,12 @@ def test_what_is_wrong_names_itself(kind: type[Exception], url: Any, settings: d
         connect(url, **settings)
 
 
+def test_a_url_that_is_none() -> None:
+    wrong: Any = None
+    with pytest.raises(TypeError, match="url must be a str"):
+        RedisBroker(wrong)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -188,7 +194,7 @@ async def test_too_old(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatc
     async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "6.0.16"}
 
-    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
+    monkeypatch.setattr("redis.asyncio.Redis.info", info)
     with pytest.raises(BrokerUnavailable, match=r"Redis 6\.0\.16 is too old, 6\.2 is needed"):
         await broker.open()
 
@@ -208,7 +214,7 @@ async def test_a_sentinel_is_told(redis_server: RedisServer, monkeypatch: pytest
     async def info(commands: object, section: str) -> dict[str, str]:
         return {"redis_version": "7.0.15", "redis_mode": "sentinel"}
 
-    monkeypatch.setattr(redis.asyncio.Redis, "info", info)
+    monkeypatch.setattr("redis.asyncio.Redis.info", info)
     with pytest.raises(BrokerUnavailable, match="this is a sentinel"):
         await broker.open()
 
@@ -253,7 +259,7 @@ async def test_tls(certificate: str) -> None:
         async with broker, broker.subscribe("news") as events:
             await broker.publish("news", "x")
             assert data(await take(events, 1)) == ["x"]
-        with pytest.raises(BrokerUnavailable, match=r"(?i)certificate"):
+        with pytest.raises(BrokerUnavailable, match="rediss://127"):  # nobody knows the certificate
             await connect(f"rediss://127.0.0.1:{port}").open()
 
 
@@ -410,6 +416,7 @@ async def test_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_asyncio
 async def test_quiet_is_not_away(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_link, "QUIET", 0.01)
+    monkeypatch.setattr(_link, "COMMAND", 0.2)
     async with open_at(redis_server, prefix="quiet:") as broker, broker.subscribe("news") as events:
         with redis_server.client() as outside:
             pings = outside.info("commandstats")["cmdstat_ping"]["calls"]
@@ -500,11 +507,25 @@ async def test_an_id_of_which_this_worker_has_not_heard_yet(redis_server: RedisS
 
 
 @on_asyncio
+async def test_who_is_at_the_same_place_reads_together(redis_server: RedisServer) -> None:
+    async with open_at(redis_server, prefix="together:") as broker:
+        await broker.publish("news", "first")
+        async with broker.subscribe("news", "1-1") as a, broker.subscribe("news", "1-1") as b:
+            with redis_server.client() as outside:
+                before = outside.info("commandstats")["cmdstat_evalsha"]["calls"]
+                both = await asyncio.gather(take(a, 2), take(b, 2))
+                assert outside.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+        assert data(both[0]) == data(both[1]) == ['{"missed":null}', "first"]
+
+
+@on_asyncio
 async def test_what_others_say_on_our_channels_is_ignored(redis_server: RedisServer) -> None:
     async with open_at(redis_server, prefix="garbage:") as broker, broker.subscribe("news") as events:
         with redis_server.client() as outside:
             for message in [b"", b"garbage", b"\xff\xfe 5", b"1-", b"5-5 data: old\r\n\r\n"]:
                 outside.publish("garbage:channel:news", message)
+        for kind in (b"message", b"unsubscribe"):  # of a channel that was left meanwhile
+            broker._link._hear({"type": kind.decode(), "channel": b"garbage:channel:left", "data": b"1-1 "})
         await broker.publish("news", "x")
         assert data(await take(events, 1)) == ["x"]
 
@@ -592,11 +613,11 @@ async def test_a_thousand_rounds_leave_nothing(redis_server: RedisServer) -> Non
         async with connect(f"{redis_server.url}?client_name=rounds", prefix="rounds:") as broker:
             assert isinstance(broker, RedisBroker)
             await broker.publish("news", "x")
-            before = outside.pubsub_channels()
+            before = outside.pubsub_channels("rounds:channel:*")
             for _ in range(1_000):
                 async with broker.subscribe("news"):
                     pass
-            assert outside.pubsub_channels() == before
+            assert outside.pubsub_channels("rounds:channel:*") == before == []
             assert outside.pubsub_numsub("rounds:channel:news") == [(b"rounds:channel:news", 0)]
             assert outside.pubsub_numpat() == 0
             assert outside.info("clients")["blocked_clients"] == 0

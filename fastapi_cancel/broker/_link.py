@@ -81,6 +81,8 @@ class Link:
         self._wanted: dict[str, Heard] = {}
         self._waits: dict[str, asyncio.Event] = {}
         self._writing = asyncio.Lock()
+        self._heard = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._pubsub: PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
 
@@ -109,12 +111,33 @@ class Link:
         if self._listener is not None:
             await end(self._listener)
             self._listener = None
+        while self._tasks:
+            await asyncio.wait(self._tasks)  # each has its time limit
         await self._disconnect()
 
     async def _disconnect(self) -> None:
         await self._commands.aclose()
         await self._commands.connection_pool.disconnect()
         await self._listening.aclose()
+
+    async def _apart(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do it in a task of its own.
+
+        A cancellation must not end a connection that others use, and redis-py can lose it (``asyncio.wait_for``,
+        Python 3.11).
+        """
+        return await asyncio.shield(self.begin(work))
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """In a task, for which the closing waits. Its error is that of who waits for it; then nobody's."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        _ = task.cancelled() or task.exception()
 
     # -- commands ----------------------------------------------------------------------------
 
@@ -127,7 +150,7 @@ class Link:
             raise RuntimeError(f"{CLOSED}, or not opened: async with broker, or lifespan(broker)")
         if (known := self._scripts.get(script)) is None:
             known = self._scripts[script] = self._commands.register_script(script)
-        return await _apart(self._run(known, calls))
+        return await self._apart(self._run(known, calls))
 
     async def _run(self, known: AsyncScript, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         try:
@@ -145,7 +168,7 @@ class Link:
     async def join(self, channel: str, heard: Heard) -> None:
         """Have ``heard`` called with all that is published there from now on."""
         self._wanted[channel] = heard
-        await _apart(self._join(channel))
+        await self._apart(self._join(channel))
 
     async def _join(self, channel: str) -> None:
         with suppress(*AWAY):  # who listens will hear of it as well, and join again
@@ -156,7 +179,7 @@ class Link:
     async def leave(self, channel: str) -> None:
         """Undo it. Redis has confirmed that, or is away."""
         del self._wanted[channel]
-        await _apart(self._leave(channel))
+        await self._apart(self._leave(channel))
 
     async def _leave(self, channel: str) -> None:
         with suppress(*AWAY):
@@ -173,22 +196,27 @@ class Link:
         away = False
         while True:
             pubsub = self._listening.pubsub()
+            reading: asyncio.Task[None] | None = None
             try:
                 await pubsub.ping()
+                await asyncio.wait_for(pubsub.get_message(timeout=None), COMMAND)
+                if away:
+                    away = False
+                    wait, _ = BACK_OFF
+                    logger.warning("back: %s", self.name)
+                    self._changed(None)
                 names, self._pubsub = list(self._wanted), pubsub  # who joins from here on says so itself
                 for start in range(0, len(names), AT_ONCE):
                     await pubsub.subscribe(*names[start : start + AT_ONCE])
-                while True:
-                    message = await self._next(pubsub)
-                    if away:
-                        away = False
-                        wait, _ = BACK_OFF
-                        logger.warning("back: %s", self.name)
-                        self._changed(None)
-                    self._hear(message)
+                reading = asyncio.get_running_loop().create_task(self._read(pubsub))
+                while await self._hears(reading, QUIET) or await self._answers(reading, pubsub):
+                    pass
+                raise BrokerUnavailable("no answer")
             except Exception as exc:  # whatever redis-py makes of it: nobody else would notice that we are deaf
                 reason = f"{self.name}: {exc or type(exc).__name__}"
             finally:
+                if reading is not None:
+                    await end(reading)
                 async with self._writing:
                     self._pubsub = None
                     await pubsub.aclose()  # type: ignore[no-untyped-call]
@@ -201,14 +229,23 @@ class Link:
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, longest)
 
-    async def _next(self, pubsub: PubSub) -> dict[str, Any]:
-        message: dict[str, Any] | None = await pubsub.get_message(timeout=QUIET)
-        if message is None:
-            await pubsub.ping()
-            message = await pubsub.get_message(timeout=COMMAND)
-            if message is None:
-                raise BrokerUnavailable("no answer")
-        return message
+    async def _read(self, pubsub: PubSub) -> None:
+        while True:
+            message: Any = await pubsub.get_message(timeout=None)
+            self._heard += 1
+            self._hear(message)
+
+    async def _hears(self, reading: asyncio.Task[None], seconds: float) -> bool:
+        """Whether anything has come in that time. What ends the reading is raised."""
+        before = self._heard
+        await asyncio.wait([reading], timeout=seconds)
+        if reading.done():
+            reading.result()
+        return self._heard > before
+
+    async def _answers(self, reading: asyncio.Task[None], pubsub: PubSub) -> bool:
+        await pubsub.ping()
+        return await self._hears(reading, COMMAND)
 
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["type"]
@@ -222,15 +259,6 @@ class Link:
             self._joined(channel)
         elif (event := self._waits.pop(channel, None)) is not None:
             event.set()
-
-
-async def _apart(work: Coroutine[Any, Any, Result]) -> Result:
-    """Do it in a task of its own.
-
-    A cancellation must not end a connection that others use, and redis-py can lose it (``asyncio.wait_for``,
-    Python 3.11).
-    """
-    return await asyncio.shield(asyncio.get_running_loop().create_task(work))
 
 
 async def end(task: asyncio.Task[None]) -> None:

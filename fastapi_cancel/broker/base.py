@@ -100,8 +100,8 @@ class Broker(ABC):
         async with self.subscribe(channel, after, lag=lag, slow=slow) as events:
             if after is None and (place := Place.parse(events.position)) is not None:
                 yield Here(place)
-            async for event in events:
-                yield event
+            while True:
+                yield await anext(events)
 
     async def stop(self, key: str, *, run: str | None = None, reason: str = "", early: float = 5.0) -> int:
         """End what runs under ``key``, in whatever process, with the cause ``stop``; see :mod:`~fastapi_cancel.remote`.

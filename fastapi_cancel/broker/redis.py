@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import anyio
 
 from ..policy import check_seconds
-from ._link import Link, end
+from ._link import Link, Result, end
 from ._redis_runs import RedisRuns
 from ._redis_streams import RedisStreams
 from ._scripts import LOOK, PUBLISH, READ
@@ -81,7 +81,7 @@ class _Channel:
     async def read(self, place: Place) -> tuple[Place, list[Entry]]:
         """The store of its subscribers. Those who are at the same place read together: all, after an outage."""
         if (reading := self._readings.get(place)) is None:
-            reading = self._readings[place] = asyncio.get_running_loop().create_task(self._read(place))
+            reading = self._readings[place] = self._broker.begin(self._read(place))
         return await asyncio.shield(reading)
 
     async def _read(self, place: Place) -> tuple[Place, list[Entry]]:
@@ -178,6 +178,9 @@ class RedisBroker(Broker):
     async def ask(self, script: str, channel: str, *arguments: object) -> Any:
         (answer,) = await self._link.run(script, ([self._key(channel)], arguments))
         return answer
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        return self._link.begin(work)
 
     async def ask_patiently(self, script: str, channel: str, *arguments: object) -> Any:
         """As a subscriber does: Redis may be away for a while."""
