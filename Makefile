@@ -24,9 +24,9 @@ lint: $(VENV)/.installed
 fastapi-suite: $(VENV)/.installed
 	$(BIN)/python scripts/fastapi_suite.py
 
-# The contract, line by line on every server with 0 and 5 middleware: takes its time, and is no part of `test` yet.
+# A shortcut: the contract, line by line on every server. Writes docs/servers.md if something has changed.
 matrix: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/matrix_lines.py
+	$(BIN)/pytest tests/test_matrix.py
 
 # sse-starlette's own tests, with SSEResponse for its response: no failure but those that are listed with their reason.
 sse-starlette-suite: $(VENV)/.installed

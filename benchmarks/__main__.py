@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from . import drops, everywhere, inprocess, remote, sse, streams, wire
+from . import drops, everywhere, fan_out, inprocess, remote, sse, streams, wire
 from .harness import Section
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
@@ -25,6 +25,7 @@ SECTIONS: dict[str, Callable[[bool], Section]] = {
     "idle-sse": sse.idle,
     "dropped-sse": sse.drops,
     "crowd-sse": sse.crowd,
+    "fan-out": fan_out.run,
     "stop": remote.run,
     "servers": everywhere.run,
 }

@@ -27,6 +27,7 @@ class Server(LiveServer):
             env={"BENCH_VARIANT": variant, "BENCH_LAYERS": str(layers), "PYTHONHASHSEED": "0"},
             probe=False,
         )
+        self.variant = variant
 
     def start(self) -> None:
         super().start()

@@ -30,7 +30,8 @@ its 413 there. If the watcher meets it, it is kept (``_error``) for the applicat
 Races, and why each is harmless:
 
 - *http.disconnect while the last message is going out*: uvicorn answers it as soon as the response is
-  complete. ``_finishing`` is set before that message is handed on, so it is read as the end it is.
+  complete. ``_finishing`` is set before that message is handed on, so it is read as the end it is. But that
+  ``send`` must return soon: Hypercorn's never does once an HTTP/2 stream has been reset that had no credit.
 - *the client leaves while the application waits for the watcher's message*: it is woken first and
   signalled second, so the disconnect that it is handed is its one interruption.
 - *two tasks of the application read at once*: the second waits for the first one's news.
@@ -48,6 +49,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .exceptions import ClientGone
 from .ladder import Ladder, Timer
+from .policy import PARTING
 
 # A producer that never waits would starve the event loop where `send` does not wait either (Hypercorn),
 # and write on to a connection that is lost: asyncio logs that from the fifth write on. So, without a wait
@@ -82,6 +84,7 @@ class Channel:
     _writes = 0
     _sending_since: float | None = None
     _stall_timer: Timer | None = None
+    _end_timer: Timer | None = None
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder) -> None:
         self.scope = scope
@@ -172,6 +175,12 @@ class Channel:
     def _end(self) -> None:
         self._ended = True
         if not self._finishing:
+            self._leave()
+        elif not self.completed:
+            self._end_timer = self.ladder.call_later(PARTING, self._leave)
+
+    def _leave(self) -> None:
+        if not self.completed:
             self.gone = True
             self.ladder.signal("disconnect")
 
@@ -220,6 +229,8 @@ class Channel:
         if self.gone:
             self.ladder.settle()
             raise ClientGone("the client has left")
+        if self.completed and self._ended:
+            return  # all that was announced is out, and on Hypercorn's HTTP/2 this might never return
         if last:
             self._finishing = self.closing = True
         try:
@@ -266,8 +277,9 @@ class Channel:
         """The work has ended: whoever still holds on to ``receive`` is told so, no timer is left."""
         self._ended = True
         self._ahead = self._error = None
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
+        for timer in (self._stall_timer, self._end_timer):
+            if timer is not None:
+                timer.cancel()
 
 
 def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:

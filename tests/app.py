@@ -20,7 +20,7 @@ from fastapi.sse import EventSourceResponse
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import (
     CancellableFileResponse,
@@ -66,14 +66,28 @@ class Observed:
         if path == "/reset":
             reset()
         if path in ("/stats", "/reset"):
-            observed = {**state, "tasks": tasks(), "memory": memory()}
+            waits = [time.monotonic() - began for began in sending]
+            observed = {**state, "sending": waits, "tasks": tasks(), "memory": memory()}
             return await JSONResponse(observed)(scope, receive, send)
+
+        async def observed_send(message: Message) -> None:
+            began = time.monotonic()
+            sending.append(began)
+            try:
+                await send(message)
+            finally:
+                sending.remove(began)
+
         counts = scope["type"] == "http"
         state["running"] += counts
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, observed_send)
         finally:
             state["running"] -= counts
+
+
+sending: list[float] = []
+"""Since when each ``send`` to the server waits."""
 
 
 for _ in range(int(os.environ.get("MIDDLEWARE", "0"))):
@@ -113,10 +127,15 @@ def memory() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def cleanup(seconds: float = 0.01) -> None:
+async def pause(seconds: float = 0.01) -> None:
+    """What a cleanup awaits."""
     # Trio's cancellation is level-triggered: there, a cleanup that awaits needs a shield, here as anywhere.
     with anyio.CancelScope(shield=sniffio.current_async_library() == "trio"):
         await anyio.sleep(seconds)
+
+
+async def cleanup(seconds: float = 0.01) -> None:
+    await pause(seconds)
     state["cleaned"] += 1
     state["finished_at"].append(time.monotonic())
 
@@ -272,8 +291,6 @@ async def flooding() -> AsyncIterator[bytes]:
     state["started"] += 1
     try:
         while True:
-            state["asked_at"] = time.monotonic()
-            state["seen"][:] = [state["asked_at"]]
             yield b"x" * 65536
     finally:
         await cleanup()
@@ -365,13 +382,18 @@ async def many_tasks() -> None:
 
     async def job() -> None:
         try:
-            await asyncio.sleep(60)
+            await anyio.sleep_forever()
         finally:
-            await asyncio.sleep(0.05)
+            await pause(0.05)
             state["seen"].append("job")
 
     try:
-        await asyncio.gather(job(), asyncio.create_task(job()), return_exceptions=True)
+        if sniffio.current_async_library() == "trio":
+            async with anyio.create_task_group() as group:
+                group.start_soon(job)
+                group.start_soon(job)
+        else:
+            await asyncio.gather(job(), asyncio.create_task(job()), return_exceptions=True)
     finally:
         await cleanup()
 
@@ -450,7 +472,7 @@ async def transaction() -> AsyncIterator[sqlite3.Connection]:
     try:
         yield database
     except BaseException as exc:
-        await anyio.sleep(0.01)
+        await pause()
         database.execute("ROLLBACK")
         state["seen"].append(f"rollback: {type(exc).__name__}")
         raise
@@ -570,7 +592,7 @@ async def slow_cleanup() -> None:
         await anyio.sleep_forever()
     finally:
         state["seen"].append("cleaning")
-        await cleanup(1.0)
+        await cleanup(0.7)
         print("[INFO] cleaned", flush=True)
 
 

@@ -10,11 +10,12 @@ import pytest
 
 from fastapi_cancel.testing.live import LiveServer
 
-from .visits import surroundings as surroundings
+pytest.register_assert_rewrite("tests.matrix_cell", "tests.matrix_rows")
+
+from .visits import surroundings as surroundings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE = 20.0  # seconds: for what must happen; reached only by a bug
-SERVERS = ["uvicorn", "uvicorn-h11", "gunicorn", "hypercorn", "granian", "daphne"]
 
 Start = Callable[..., LiveServer]
 NOT_TESTED = "NOT TESTED HERE:"

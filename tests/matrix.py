@@ -1,31 +1,30 @@
-"""The matrix: the servers, their clients, what is known to differ, and the table of it in docs/servers.md."""
+"""The matrix: lines of the contract, servers, where they are known to differ, and the page that tells of it."""
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Literal, TypeAlias
 
-from fastapi_cancel.testing import Http2Client, LiveServer, RawClient, ServedVisit
-from fastapi_cancel.testing.http2 import Http2Stream
+from .matrix_cell import Cell
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "servers.md"
-BEGIN, END = "<!-- matrix: begin, written by tests/matrix_lines.py -->", "<!-- matrix: end -->"
+BEGIN, END = "<!-- matrix: begin, written by tests/test_matrix.py -->", "<!-- matrix: end -->"
 LAYERS = (0, 5)  # of BaseHTTPMiddleware
-BRIEF = 3.0  # seconds for what is known not to come
+HOLDS, FAILS, NOTHING = "✓", "✗", "–"
+LEGEND = (
+    f"{HOLDS} holds, {FAILS} does not, {NOTHING} cannot be asked for; without / with the five layers, where that "
+    "matters; the numbers are those of the notes"
+)
+SECTIONS = {"Detecting": 6, "Ending": 15, "Streams": 22, "Policies": 99}
+"""Of the contract: the last line of each."""
 
-EMPTY: Mapping[str, str] = {}
-
-Request: TypeAlias = RawClient | Http2Stream
-
-
-# -- columns -------------------------------------------------------------------------------------
+Protocol: TypeAlias = Literal["HTTP/1", "HTTP/2"]
 
 
 @dataclass(frozen=True)
@@ -33,276 +32,163 @@ class Column:
     """A server, and how its clients speak to it.
 
     :ivar server: as LiveServer calls it
-    :ivar title: as the table does
+    :ivar title: as the page does
+    :ivar options: of the server
     """
 
     name: str
     server: str
     title: str
-    http2: bool = False
+    protocol: Protocol = "HTTP/1"
+    options: tuple[str, ...] = ()
 
 
 COLUMNS = [
     Column("uvicorn", "uvicorn", "uvicorn"),
     Column("uvicorn-h11", "uvicorn-h11", "uvicorn h11"),
     Column("uvicorn-uvloop", "uvicorn-uvloop", "uvicorn uvloop"),
-    Column("gunicorn", "gunicorn", "gunicorn `asgi`"),
-    Column("gunicorn-uvicorn", "gunicorn-uvicorn", "gunicorn uvicorn"),
+    # It cancels what waits in `send` for a client that has gone, after 3 seconds as it comes.
+    Column("gunicorn", "gunicorn", "gunicorn `asgi`", options=("--asgi-disconnect-grace-period", "1")),
+    Column("gunicorn-uvicorn", "gunicorn-uvicorn", "gunicorn `uvicorn_worker`"),
     Column("hypercorn", "hypercorn", "Hypercorn"),
     Column("hypercorn-trio", "hypercorn-trio", "Hypercorn Trio"),
-    Column("hypercorn-http2", "hypercorn", "Hypercorn HTTP/2", http2=True),
+    Column("hypercorn-http2", "hypercorn", "Hypercorn HTTP/2", "HTTP/2"),
     Column("granian", "granian", "Granian"),
     Column("granian-rsgi", "granian-rsgi", "Granian RSGI"),
-    Column("granian-http2", "granian", "Granian HTTP/2", http2=True),
-    Column("granian-rsgi-http2", "granian-rsgi", "Granian RSGI HTTP/2", http2=True),
+    Column("granian-http2", "granian", "Granian HTTP/2", "HTTP/2"),
+    Column("granian-rsgi-http2", "granian-rsgi", "Granian RSGI HTTP/2", "HTTP/2"),
     Column("daphne", "daphne", "Daphne"),
 ]
-NAMES = [column.name for column in COLUMNS]
-
-
-def column_named(name: str) -> Column:
-    return next(column for column in COLUMNS if column.name == name)
-
-
-HTTP1 = [column.name for column in COLUMNS if not column.http2]
-HTTP2 = [column.name for column in COLUMNS if column.http2]
-
-
-class Served:
-    """The server of a column, behind so many layers. It starts when it is first needed."""
-
-    def __init__(self, column: Column, layers: int) -> None:
-        self.column = column
-        self.layers = layers
-        self._running: LiveServer | None = None
-        self._stack = ExitStack()
-
-    @property
-    def live(self) -> LiveServer:
-        if self._running is None:
-            app, env = "tests.matrix_app:app", {"MIDDLEWARE": str(self.layers)}
-            self._running = self._stack.enter_context(LiveServer(app, self.column.server, env=env, access_log=True))
-        return self._running
-
-    def end(self) -> None:
-        """The next test gets another one."""
-        self._running = None
-        self._stack.close()
-
-
-class Cell:
-    """One line on one server: its requests, each from a client of its own; on HTTP/2 all on one connection.
-
-    :ivar opened: how many there were
-    :ivar may_say: regular expressions of what the server may log
-    :ivar is_clean: whether nothing must be left over, no fault be found, and nothing else be logged
-    :ivar stopped: whether the server was
-    """
-
-    def __init__(self, served: Served, deadline: float) -> None:
-        self.served = served
-        self.layers = served.layers
-        self.live = served.live
-        self.live.deadline = deadline
-        self.live.json("/reset")
-        self.live.mark()
-        self._stack = ExitStack()
-        self._connection: Http2Client | None = None
-        self.opened = 0
-        self.may_say: list[str] = []
-        self.is_clean = True
-        self.stopped = False
-
-    def __enter__(self) -> Cell:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    @property
-    def connection(self) -> Http2Client:
-        if self._connection is None:
-            self._connection = self._stack.enter_context(self.live.open_http2())
-        return self._connection
-
-    def open(
-        self,
-        path: str,
-        method: str = "GET",
-        body: bytes = b"",
-        of: int | None = None,
-        headers: Mapping[str, str] = EMPTY,
-        receive_buffer: int | None = None,
-    ) -> Request:
-        """Send a request.
-
-        :param of: bytes of the whole body, if ``body`` is only its beginning
-        :param receive_buffer: bytes; on HTTP/2 it is the stream's window that counts
-        """
-        self.opened += 1
-        if of is not None:
-            headers = {**headers, "content-length": str(of)}
-        if self.served.column.http2:
-            return self.connection.request(path, method, headers, body, end=of is None)
-        client = self._stack.enter_context(self.live.connect(receive_buffer=receive_buffer))
-        client.request(path, method, headers, body)
-        return client
-
-    def begin(self, path: str, method: str = "GET", count: int = 1) -> list[Request]:
-        """Open ``path`` so many times, and wait until the work behind it has begun as often."""
-        before = self.live.json("/stats")["started"]
-        requests = [self.open(path, method) for _ in range(count)]
-        self.until(started=before + count)
-        return requests
-
-    def leave_all(self, requests: Sequence[Request], told: Callable[[int], Any]) -> None:
-        """Every client leaves in one of the ways that there are.
-
-        HTTP/1: a RST or a FIN. HTTP/2: the streams are reset but for the last, and then the connection is closed.
-
-        :param told: waits until so many have been noticed
-        """
-        for number, request in enumerate(requests[:-1], 1):
-            if isinstance(request, Http2Stream):
-                request.reset()
-            elif number % 2:
-                request.abort()
-            else:
-                request.close()
-        told(len(requests) - 1)
-        if isinstance(requests[-1], Http2Stream):
-            self.connection.close()
-        else:
-            requests[-1].abort()
-        told(len(requests))
-
-    def stop(self) -> int:
-        """Tell the server to stop, and wait for its end."""
-        self.stopped = True
-        return self.live.stop()
-
-    def until(self, **expected: object) -> dict[str, Any]:
-        """Wait until the application says so of itself."""
-        return self.live.wait_for("/stats", **expected)
-
-    def visits(self, *paths: str) -> list[ServedVisit]:
-        """What has become of the requests for ``paths``, so far."""
-        return [visit for visit in self.live.visits if visit.path in paths]
-
-    def over(self, *paths: str) -> list[ServedVisit]:
-        """The same, once they are over."""
-        end = time.monotonic() + self.live.deadline
-        while not (visits := self.visits(*paths)) or any(visit.ended is None for visit in visits):
-            assert time.monotonic() < end, [str(visit) for visit in visits if visit.ended is None]
-            time.sleep(0.005)
-        return visits
-
-    def assert_over(self) -> None:
-        """All is over, and nothing is left of it."""
-        if self.stopped:
-            assert self.live.complaints(*self.may_say) == []
-        elif self.is_clean:
-            self.live.assert_clean(self.opened, self.may_say)
-        else:
-            self.live.wait_until_over(self.opened)
-
-
-def leave(*requests: Request) -> None:
-    """On HTTP/1 the connection goes, with a RST; on HTTP/2 the stream alone."""
-    for request in requests:
-        if isinstance(request, Http2Stream):
-            request.reset()
-        else:
-            request.abort()
-
-
-# -- rows ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
     """A line of the contract.
 
-    :ivar number: of the line
-    :ivar text: for the table
+    :ivar number: of the line; 99 of what is not one of the contract
+    :ivar text: for the page
     :ivar check: raises if it does not hold
+    :ivar protocol: the only one where it can be asked for, if there is one
+    :ivar stops: whether the check stops the server
     """
 
     name: str
-    number: str
+    number: int
     text: str
     check: Callable[[Cell], None]
+    protocol: Protocol | None = None
+    stops: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.protocol})" if self.protocol else self.text
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a line is known not to hold.
+    """Where a line is known not to hold, or to hold only in silence of something.
 
     :ivar rows: their names
     :ivar columns: likewise
-    :ivar reason: a sentence for the table's notes
-    :ivar shown: in the table
-    :ivar tried: whether it is tried all the same, and must fail
+    :ivar reason: a sentence for the page
+    :ivar says: a regular expression of what is said there, against the line that nothing is; else all of it holds
+    :ivar shown: on the page
+    :ivar tried: whether it is tried all the same; without ``says`` it must fail
     """
 
     rows: Sequence[str]
     columns: Sequence[str]
     reason: str
-    shown: str = "no"
-    tried: bool = True
     layers: Sequence[int] = LAYERS
+    says: str = ""
+    shown: str = ""
+    tried: bool = True
+
+    @property
+    def mark(self) -> str:
+        return self.shown or (HOLDS if self.says else FAILS)
 
 
-Place: TypeAlias = tuple[str, str, int]
-"""A cell: the names of its row and of its column, and the layers."""
+Place: TypeAlias = tuple[str, int, str]
+"""A cell: the name of its column, the layers, and the name of its row."""
 
 
 class Matrix:
-    """What has come out."""
+    """What there is to try, and what has come out.
 
-    def __init__(self, rows: Sequence[Row], differences: Iterable[Difference]) -> None:
-        self.rows = rows
+    :ivar to_run: the server of a column can serve all its lines in this order
+    :ivar as_told: what came out as it is told
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], differences: Iterable[Difference], columns: Sequence[Column] = COLUMNS
+    ) -> None:
+        self.rows = {row.name: row for row in rows}
+        self.columns = {column.name: column for column in columns}
+        in_order = sorted(rows, key=lambda row: row.stops)
+        places = [
+            (column.name, layers, row.name)
+            for column, layers, row in product(columns, LAYERS, in_order)
+            if row.protocol in (None, column.protocol)
+        ]
         self.differences: dict[Place, Difference] = {}
         for difference in differences:
-            for place in _places(difference.rows, difference.columns, difference.layers):
-                assert place not in self.differences, f"{place} is told twice"
+            for place in product(difference.columns, difference.layers, difference.rows):
+                if place not in places:
+                    raise ValueError(f"{place}: there is no such cell")
+                if place in self.differences:
+                    raise ValueError(f"{place} is told twice")
                 self.differences[place] = difference
+        self.to_run = [place for place in places if place not in self.differences or self.differences[place].tried]
         self.as_told: set[Place] = set()
-        everywhere = _places([row.name for row in rows], NAMES, LAYERS)
-        assert self.differences.keys() <= set(everywhere), self.differences.keys() - set(everywhere)
-        self.to_run = [place for place in everywhere if place not in self.differences or self.differences[place].tried]
 
     def is_complete(self) -> bool:
-        """Whether all that can be tried was tried, and is as it should be."""
+        """Whether all that is to be tried was, and came out as it is told."""
         return self.as_told == set(self.to_run)
 
-    def table(self) -> str:
-        """In Markdown, with its notes."""
+    def told(self) -> str:
+        """All of it, in Markdown."""
         notes: list[str] = []
-        lines = [_line(["", *(column.title for column in COLUMNS)]), "|---" * (len(COLUMNS) + 1) + "|"]
-        lines += [_line([row.text, *(self._shown(row, name, notes) for name in NAMES)]) for row in self.rows]
-        lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
-        return "\n".join(lines)
+        in_order = sorted(self.rows.values(), key=lambda row: row.number)
+        shown = {row: [self._shown(row, column, notes) for column in self.columns.values()] for row in in_order}
+        same = [row for row, marks in shown.items() if {*marks} <= {HOLDS, NOTHING}]
+        others = [row for row in shown if row not in same]
+        alike: dict[tuple[str, ...], list[str]] = {}  # columns that read the same
+        for number, column in enumerate(self.columns.values()):
+            alike.setdefault(tuple(shown[row][number] for row in others), []).append(column.title)
+        lines = ["The same everywhere:"]
+        for section, rows in groupby(same, _section):
+            lines += ["", f"**{section}**", "", *(f"- {row}" for row in rows)]
+        lines += ["", f"Not the same ({LEGEND}):", "", _cells(["", *map("<br>".join, alike.values())])]
+        lines += [_cells(["---"] * (len(alike) + 1))]
+        number = 0
+        for section, rows in groupby(others, _section):
+            lines += [_cells([f"**{section}**", *[""] * len(alike)])]
+            for row in rows:
+                lines += [_cells([str(row), *(marks[number] for marks in alike)])]
+                number += 1
+        return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
 
-    def _shown(self, row: Row, column: str, notes: list[str]) -> str:
+    def _shown(self, row: Row, column: Column, notes: list[str]) -> str:
+        if row.protocol not in (None, column.protocol):
+            return NOTHING
         shown = []
         for layers in LAYERS:
-            difference = self.differences.get((row.name, column, layers))
+            difference = self.differences.get((column.name, layers, row.name))
             if difference is None:
-                shown.append("yes")
+                shown.append(HOLDS)
                 continue
             if difference.reason not in notes:
                 notes.append(difference.reason)
-            shown.append(f"{difference.shown} ({notes.index(difference.reason) + 1})")
+            shown.append(f"{difference.mark} {notes.index(difference.reason) + 1}")
         return " / ".join(dict.fromkeys(shown))
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+def _section(row: Row) -> str:
+    return next(name for name, last in SECTIONS.items() if row.number <= last)
 
 
-def _places(rows: Sequence[str], columns: Sequence[str], layers: Sequence[int]) -> list[Place]:
-    return [(row, column, number) for column in columns for number in layers for row in rows]
+def _cells(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 # -- the page ------------------------------------------------------------------------------------
@@ -325,9 +211,9 @@ MEASURED = {
 """Distributions, and what the page calls them."""
 
 
-def is_pinned() -> bool:
-    """Whether what is installed is what constraints.txt says: the page tells of nothing else."""
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text().lower(), re.M))
+def is_pinned(constraints: str) -> bool:
+    """Whether what is installed is what ``constraints`` pins: the page tells of nothing else."""
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", constraints.lower(), re.M))
     try:
         return all(version(name) == pins.get(name.lower()) for name in MEASURED)
     except PackageNotFoundError:
@@ -335,8 +221,8 @@ def is_pinned() -> bool:
 
 
 def written(page: str, matrix: Matrix) -> str:
-    """``page`` with the table in its place."""
-    versions = ", ".join(f"{called} {version(name)}" for name, called in MEASURED.items())
+    """``page`` with all of it in its place."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{matrix.table()}\n\nMeasured with {versions}.\n\n{END}{after}"
+    versions = ", ".join(f"{called} {version(name)}" for name, called in MEASURED.items())
+    return f"{before}{BEGIN}\n\n{matrix.told()}\n\nMeasured with {versions}.\n\n{END}{after}"

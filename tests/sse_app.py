@@ -15,7 +15,6 @@ from typing import Any
 
 import anyio
 import redis.asyncio
-import sniffio
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.sse import EventSourceResponse
 from starlette.applications import Starlette
@@ -26,15 +25,13 @@ from starlette.types import Receive, Scope, Send
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, Token
 from fastapi_cancel.sse import SSEResponse, StreamInfo
 
-from .app import Layer, Observed, state
+from .app import Layer, Observed, pause, state
 
 Content = Callable[[int], AsyncIterator[Any]]
 
 
 async def mark(number: int, name: str) -> None:
-    # Trio's cancellation is level-triggered: there, a cleanup that awaits needs a shield, here as anywhere.
-    with anyio.CancelScope(shield=sniffio.current_async_library() == "trio"):
-        await anyio.sleep(0.01)
+    await pause()
     state["seen"].append(f"{number} {name}")
 
 
@@ -116,7 +113,6 @@ async def _flooding(number: int, sizes: list[int], pause: bool = True) -> AsyncG
             if pause:
                 await anyio.sleep(0.0005)
             for size in sizes:
-                state["asked_at"] = time.monotonic()
                 yield "x" * size
     finally:
         await mark(number, "generator")
@@ -126,7 +122,7 @@ async def boulder(number: int) -> AsyncIterator[Any]:
     """One event that a socket does not hold, then only heartbeats."""
     state["started"] += 1
     try:
-        yield "x" * (16 << 20)
+        yield "x" * (8 << 20)
         await anyio.sleep_forever()
     finally:
         await mark(number, "generator")

@@ -584,9 +584,9 @@ async def test_a_client_that_leaves_before_the_trailers_has_left() -> None:
         pass
 
 
-async def test_a_disconnect_while_the_last_message_goes_out_is_the_end() -> None:
+async def test_a_disconnect_while_the_last_message_goes_out_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """uvicorn answers http.disconnect as soon as the response is complete."""
-    seen: list[Any] = []
+    monkeypatch.setattr("fastapi_cancel.channel.PARTING", 0.01)
 
     async def write(send: Send, message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -597,11 +597,34 @@ async def test_a_disconnect_while_the_last_message_goes_out_is_the_end() -> None
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await turns()
         await answer(send)
-        seen.append("background")
+        await anyio.sleep(0.05)
+        raise ClientGone("another client, of the background task")
+
+    async with asked(protected(work, write=write), "error") as visit:
+        pass
+    assert visit.cause is None
+
+
+async def test_a_last_send_that_never_returns_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypercorn's, on an HTTP/2 stream that was reset while it had no credit."""
+    monkeypatch.setattr("fastapi_cancel.channel.PARTING", 0.05)
+    seen: list[Any] = []
+
+    async def write(send: Send, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            visit.leave()
+            await anyio.sleep_forever()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await answer(send)
+        finally:
+            seen.append("interrupted")
 
     async with asked(protected(work, write=write)) as visit:
         pass
-    assert seen == ["background"]
+    assert seen == ["interrupted"]
+    assert visit.cause == "disconnect"
 
 
 async def test_a_client_that_stops_reading_is_given_up() -> None:
@@ -619,7 +642,7 @@ async def test_a_client_that_stops_reading_is_given_up() -> None:
         finally:
             seen.append("interrupted")
 
-    async with asked(protected(work, send_timeout=0.05), "error") as visit:  # an incomplete response
+    async with asked(protected(work, send_timeout=0.05)) as visit:
         pass
     assert seen == ["interrupted"]
     assert visit.body == b"xxx"

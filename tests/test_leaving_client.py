@@ -9,13 +9,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from contextvars import Context
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from fastapi import FastAPI, Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import FileResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import fastapi_cancel.testing as kit
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse
@@ -50,6 +53,9 @@ START = {"type": "http.response.start", "status": 200, "headers": [(b"content-ty
 
 def chunk(body: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+END = chunk(b"", more=False)
 
 
 async def read(receive: Receive) -> tuple[list[bytes], str]:
@@ -87,6 +93,16 @@ def counting(chunks: int = 3) -> ASGIApp:
         for number in range(1, chunks + 1):
             await send(chunk(b"x%d" % number))
         assert (await receive())["type"] == "http.disconnect"
+
+    return app
+
+
+def sending(*messages: Message, start: Message = START) -> ASGIApp:
+    """Sends these, and returns."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in (start, *messages):
+            await send(message)
 
     return app
 
@@ -220,6 +236,11 @@ async def test_a_request_that_cannot_be_made(
         (lambda: LeavingClient(echo, server="apache"), ValueError, "server: one of uvicorn, gunicorn, hypercorn"),
         (lambda: Habits(cancels_after=-1), ValueError, "cancels_after: seconds (>= 0) or None, not -1"),
         (lambda: Habits(after_completion="?"), ValueError, "after_completion: 'http.disconnect' or 'waits', not '?'"),  # type: ignore[arg-type]
+        (
+            lambda: Habits(extensions=frozenset({"x", "http.response.push"})),
+            ValueError,
+            "extensions: some of http.response.pathsend, http.response.trailers, not http.response.push, x",
+        ),
         (lambda: Patience(untold=0), ValueError, "untold: seconds (> 0), not 0"),
         (lambda: Patience(cancelled="x"), ValueError, "cancelled: seconds (> 0), not 'x'"),  # type: ignore[arg-type]
         (lambda: after_body(-1), ValueError, "size: a number (>= 0), not -1"),
@@ -518,6 +539,46 @@ async def test_a_stalled_client_that_leaves(anyio_backend: str) -> None:
     assert (visit.chunks, visit.faults) == ([b"x1"], [])
 
 
+async def test_a_stalled_client_holds_up_an_empty_last_body(anyio_backend: str) -> None:
+    """With a full buffer uvicorn waits before whatever it is to write, and Hypercorn after it."""
+    async with LeavingClient(sending(chunk(b"x1"), END)).visit("GET", "/", stall=after_chunks(1)) as visit:
+        await visit.until(Moment("it sends", lambda visit: visit.sending is not None))
+        assert (visit.sending, visit.completed) == (2, False)
+        visit.resume()
+    assert (visit.chunks, visit.completed, visit.faults) == ([b"x1"], True, [])
+
+
+async def test_an_empty_last_body_is_no_chunk(anyio_backend: str) -> None:
+    with pytest.raises(NeverCame):
+        await LeavingClient(sending(chunk(b"x1"), END)).get("/", leave=during_send(2))
+
+
+@on_asyncio
+async def test_during_a_send_that_nobody_watches(anyio_backend: str) -> None:
+    """A heartbeat, say: it may be sent by a task that serves all requests."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        work: Any = send(chunk(b"x1"))
+        helper: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, context=Context())
+        with suppress(OSError):
+            await helper
+
+    with anyio.fail_after(DEADLINE):
+        visit = await LeavingClient(app, server="asgi").get("/", leave=during_send(1))
+    assert (visit.chunks, visit.faults) == ([], [])
+
+
+async def test_who_gives_up_a_client_that_does_not_read_may_return(anyio_backend: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        with anyio.move_on_after(SHORT):
+            await send(chunk(b"x1"))
+
+    visit = await LeavingClient(app).get("/", stall=after_start())
+    assert (visit.completed, visit.given_up, visit.faults) == (False, True, [])
+
+
 # -- beside a block ----------------------------------------------------------------------------
 
 
@@ -547,6 +608,19 @@ async def test_waiting_for_something_outside(anyio_backend: str) -> None:
         assert happened.is_set()
         visit.leave()
     assert visit.faults == []
+
+
+async def test_the_application_itself_does_not_wait_for_its_own_moments(anyio_backend: str) -> None:
+    """Its wait for the next thing to happen would be the next thing."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await visit.until(after_chunks(1))
+
+    with anyio.fail_after(DEADLINE):
+        async with LeavingClient(app).visit("GET", "/") as visit:
+            pass
+    assert repr(visit.error).startswith("RuntimeError('until() is for the test")
 
 
 async def test_a_body_is_cut_where_the_test_waits_for(anyio_backend: str) -> None:
@@ -648,6 +722,68 @@ async def test_a_send_may_raise_once_the_client_has_left(anyio_backend: str, rai
     visit = await LeavingClient(app, server=Habits(raises=raises)).get("/", leave=after_start())
     assert errors == (["the client has left"] * 2 if raises else [])
     assert (visit.status, visit.chunks, visit.was_told()) == (200, [], raises)
+
+
+async def test_what_a_send_has_raised_may_come_back_to_its_server(anyio_backend: str) -> None:
+    """That is how an application ends by ASGI 2.4."""
+    visit = await LeavingClient(counting(), server="asgi").get("/", leave=after_chunks(1))
+    assert (str(visit.error), visit.faults) == ("the client has left", [])
+
+
+async def test_another_error_of_the_operating_system_is_one(anyio_backend: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        raise FileNotFoundError("rows.csv")
+
+    visit = await LeavingClient(app, server="asgi").get("/", leave=after_start())
+    assert kinds(visit) == ["error"]
+
+
+TRAILERS = "http.response.trailers"
+PATHSEND = "http.response.pathsend"
+WITH_TRAILERS = {**START, "trailers": True}
+
+
+async def test_trailers(anyio_backend: str) -> None:
+    """As Hypercorn, gunicorn and uvicorn take them over HTTP/2."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["extensions"] == {TRAILERS: {}}
+        await send(WITH_TRAILERS)
+        await send(chunk(b"x", more=False))
+        completed.append(visit.completed)
+        await send({"type": TRAILERS, "headers": [(b"one", b"1")], "more_trailers": True})
+        completed.append(visit.completed)
+        await send({"type": TRAILERS, "headers": [(b"two", b"2")]})
+        completed.append(visit.completed)
+
+    completed: list[bool] = []
+    async with LeavingClient(app, server=Habits(extensions=frozenset({TRAILERS}))).visit("GET", "/") as visit:
+        pass
+    assert (completed, dict(visit.trailers), visit.faults) == ([False, False, True], {"one": "1", "two": "2"}, [])
+
+
+async def test_trailers_that_never_came(anyio_backend: str) -> None:
+    habits = Habits(extensions=frozenset({TRAILERS}))
+    visit = await LeavingClient(sending(END, start=WITH_TRAILERS), server=habits).get("/")
+    assert [str(fault) for fault in visit.faults] == ["error: the application returned without a complete response"]
+
+
+async def test_a_file_that_the_server_sends_itself(anyio_backend: str, tmp_path: Path) -> None:
+    """Granian does. Starlette lets it where it offers to."""
+    (file := tmp_path / "file").write_bytes(b"rows")
+    app = FastAPI()
+
+    @app.get("/")
+    async def download(request: Request) -> FileResponse:
+        offered.append(request.scope.get("extensions"))
+        return FileResponse(file)
+
+    offered: list[Any] = []
+    for server in ("granian", "uvicorn"):
+        visit = await LeavingClient(app, server=server).get("/")
+        assert (visit.body, visit.completed, visit.faults) == (b"rows", True, [])
+    assert offered == [{PATHSEND: {}}, None]
 
 
 @pytest.mark.parametrize("after", ["http.disconnect", "waits"])
@@ -822,7 +958,17 @@ async def test_an_application_that_returns_without_a_response(anyio_backend: str
 
 @pytest.mark.parametrize(
     "messages",
-    [[chunk(b"x")], [START, START], [START, chunk(b"", more=False), chunk(b"x")], [{"type": "http.response.debug"}]],
+    [
+        [chunk(b"x")],
+        [START, START],
+        [START, END, chunk(b"x")],
+        [{"type": "http.response.debug"}],
+        [START, {"type": PATHSEND, "path": "x"}],
+        [START, chunk(b"x"), {"type": PATHSEND, "path": "x"}],
+        [START, chunk(b"x"), {"type": TRAILERS}],
+        [WITH_TRAILERS, END, {"type": TRAILERS}],
+        [START, chunk(b"x"), {"type": "http.response.push"}],
+    ],
 )
 async def test_an_application_that_sends_out_of_order(anyio_backend: str, messages: list[Any]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -832,6 +978,35 @@ async def test_an_application_that_sends_out_of_order(anyio_backend: str, messag
     visit = await LeavingClient(app).get("/")
     assert f"unexpected {messages[-1]['type']!r}" in str(visit.error)
     assert kinds(visit) == ["error"]
+
+
+@on_asyncio
+async def test_an_application_that_the_test_has_cancelled(anyio_backend: str) -> None:
+    """It has not returned, and nobody is to say that it did."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        tasks.append(asyncio.current_task())
+        await anyio.sleep_forever()
+
+    tasks: list[Any] = []
+    async with LeavingClient(app).visit("GET", "/") as visit:
+        await visit.until(at_wait(1))
+        tasks[0].cancel()
+    assert (visit.cancelled, visit.faults) == (True, [])
+
+
+@on_asyncio
+async def test_an_application_that_awaits_what_it_has_cancelled(anyio_backend: str) -> None:
+    """To its server that looks like a cancellation which nobody has asked for, and there is no response."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.create_task(anyio.sleep_forever())
+        await anyio.sleep(0)
+        task.cancel()
+        await task
+
+    visit = await LeavingClient(app).get("/")
+    assert [str(fault) for fault in visit.faults] == ["error: the application returned without a complete response"]
 
 
 async def test_how_long_it_went_on(anyio_backend: str) -> None:

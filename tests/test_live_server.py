@@ -25,7 +25,7 @@ from fastapi_cancel.testing import live as live_module
 from fastapi_cancel.testing._probe import APP, READY, RUNNING, TOKEN, VISITS, Probe, load
 from fastapi_cancel.testing._target import target_of
 from fastapi_cancel.testing.live import LiveServer, LiveServerError, free_port
-from fastapi_cancel.testing.recorder import Recorder, read_visits
+from fastapi_cancel.testing.recorder import Recorder, VisitsFile
 from fastapi_cancel.testing.servers import SERVERS, find_server
 
 from . import app as tests_app
@@ -258,6 +258,22 @@ def test_the_log_survives_the_server(write: Write) -> None:
     assert server.log.startswith("one\n")
     assert "Finished server process" in server.log
     assert server.complaints() == ["one"]
+
+
+@pytest.mark.parametrize("connect", ["connect", "open_http2"])
+def test_a_server_that_has_ended_by_itself(server: LiveServer, connect: str) -> None:
+    server.get("/say?text=last+words")
+    server.send_signal(signal.SIGKILL)
+    server.process.wait(DEADLINE)
+    with pytest.raises(LiveServerError, match=r"uvicorn has ended with -9:\n(?s:.*)last words"):
+        getattr(server, connect)()
+
+
+def test_a_server_where_nobody_listens(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "port", free_port())
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
 
 
 def test_what_is_not_in_the_log(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +532,8 @@ async def test_the_probe_answers_for_itself_alone(tmp_path: Path) -> None:
         visit = await LeavingClient(probe).get(path)
         assert (visit.status, visit.body) == (200, body)
     with anyio.fail_after(DEADLINE):
-        while [visit.ended is not None for visit in read_visits(visits)] != [True]:  # of the one that was passed on
+        passed_on = VisitsFile(visits)
+        while [visit.ended is not None for visit in passed_on.visits()] != [True]:
             await anyio.sleep(0.01)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute
-from fastapi_cancel.testing import LeavingClient, after_start, at_wait
+from fastapi_cancel.testing import Fault, LeavingClient, after_start, at_wait
 from fastapi_cancel.testing.backends import _drop
-from fastapi_cancel.testing.recorder import Recorder, ServedVisit, read_visits
+from fastapi_cancel.testing.recorder import Recorder, ServedVisit, VisitsFile
 from fastapi_cancel.testing.records import Record
 from fastapi_cancel.testing.stepping import Dropped
 
@@ -52,7 +53,7 @@ async def visits_of(recorder: Recorder, file: Path, count: int = 1) -> list[Serv
     """Wait until so many are over."""
     with anyio.fail_after(5):
         while True:
-            visits = read_visits(file)
+            visits = VisitsFile(file).visits()
             if len(visits) == count and all(visit.ended is not None for visit in visits):
                 assert recorder.running() == {}
                 return visits
@@ -79,7 +80,7 @@ async def test_a_request_whose_client_left(file: Path) -> None:
         await running.until(at_wait(1))
         (where,) = recorder.running().values()
         assert "in work" in where
-        assert read_visits(file)[0].ended is None
+        assert VisitsFile(file).visits()[0].ended is None
         running.leave()
     (visit,) = await visits_of(recorder, file)
     assert (visit.status, visit.cause, visit.faults) == (499, "disconnect", [])
@@ -112,16 +113,25 @@ async def test_requests_of_several_workers_share_the_file(file: Path) -> None:
     assert [visit.path for visit in await visits_of(first, file, 3)] == ["/hello", "/hello", "/work"]
 
 
-async def test_a_client_that_leaves_a_complete_response_has_not_left(file: Path) -> None:
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"type": "http.response.body", "body": b"", "more_body": False},
+        {"type": "http.response.pathsend", "path": __file__},
+    ],
+    ids=["body", "file"],
+)
+async def test_a_client_that_leaves_a_complete_response_has_not_left(file: Path, last: Message) -> None:
     async def curious(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"all", "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if last["type"] == "http.response.body":
+            await send({"type": "http.response.body", "body": b"all", "more_body": True})
+        await send(last)
         while (await receive())["type"] != "http.disconnect":
             pass
 
     recorder = Recorder(curious, file)
-    await LeavingClient(recorder).get("/")
+    await LeavingClient(recorder, server="granian").get("/")
     (visit,) = await visits_of(recorder, file)
     assert visit.left is None
 
@@ -146,6 +156,41 @@ async def test_a_native_cancellation_is_no_error(file: Path) -> None:
     await LeavingClient(recorder).get("/", leave=after_start())
     (visit,) = await visits_of(recorder, file)
     assert visit.error is None and visit.left is not None
+
+
+def test_a_request_that_ends_with_its_event_loop(file: Path, anyio_backend: str) -> None:
+    """Which cancels the recorder's own task as soon as the main one is over. If anybody were watched for ever, nobody
+    would see what refers to the objects that were frozen for that: Hypothesis warns of Trio's random numbers."""
+
+    async def main() -> None:
+        nothing: Any = anyio.sleep_forever
+        await Recorder(answers, file)({"type": "http", "method": "GET", "path": "/"}, nothing, drops)
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+    async def drops(message: Message) -> None:
+        pass
+
+    anyio.run(main, backend=anyio_backend)
+    (visit,) = VisitsFile(file).visits()
+    assert visit.ended is not None and visit.faults == []
+    assert gc.get_freeze_count() == 0  # and nobody is watched any more
+
+
+def test_what_has_been_read_is_not_read_again(file: Path) -> None:
+    began = '{"id": "1", "method": "GET", "path": "/", "began": 1.0}\n'
+    over = '{"id": "1", "ended": 2.0, "error": null, "faults": [["logged", "x"]]}\n'
+    visits = VisitsFile(file)
+    assert visits.visits() == []
+    file.write_text(began + over[:20])
+    (running,) = visits.visits()
+    file.write_text("?" * len(began) + over)
+    (visit,) = visits.visits()
+    assert (running.ended, visit.ended, visit.faults) == (None, 2.0, [Fault("logged", "x")])
+    file.unlink()
+    assert visits.visits() == [visit]
 
 
 async def test_requests_that_end_together_are_judged_together(file: Path) -> None:

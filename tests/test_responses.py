@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancellableFileResponse, CancellableRoute, CancellableStreamingResponse, CancelPolicy
 from fastapi_cancel._closing import InThread, close, in_threads
@@ -318,6 +318,27 @@ async def test_a_client_that_leaves_with_all_the_bytes_that_were_announced(kind:
         pass
     visit.assert_clean()
     assert (visit.cause, visit.body, notes) == (None, b"12345678", ["closed"])
+
+
+async def test_a_server_whose_last_send_never_returns_when_all_is_out() -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield b"1234"
+        visit.leave()
+        await anyio.sleep(0.01)
+
+    response = CancellableStreamingResponse(content(), headers={"Content-Length": "4"})
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def stuck(message: Message) -> None:
+            if not message.get("more_body", True):
+                await anyio.sleep_forever()
+            await send(message)
+
+        await response(scope, receive, stuck)
+
+    async with client(app).visit("GET", "/") as visit:
+        pass
+    visit.assert_clean()
 
 
 @pytest.mark.parametrize("length", ["9", "-8", "x"])

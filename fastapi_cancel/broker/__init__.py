@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from ..exceptions import Stalled
+from ._urls import without_secrets
 from .base import Broker, BrokerUnavailable
 from .log import Event, Gap, Subscription
 from .memory import MemoryBroker
@@ -14,6 +15,7 @@ __all__ = ["Broker", "BrokerUnavailable", "Event", "Gap", "MemoryBroker", "Stall
 
 SETTINGS = {"retain": int, "max_age": float, "prefix": str, "connections": int, "patience": float}
 
+SCHEMES = ("memory://", "redis://", "rediss://", "unix://")
 OF_REDIS = {"prefix", "connections", "patience"}
 
 
@@ -36,10 +38,10 @@ def connect(url: str = "memory://", **settings: Any) -> Broker:
     """
     if not isinstance(url, str):
         raise TypeError(f"url must be a str, not {url!r}")
-    try:
-        parts = urlsplit(url)
-    except ValueError:  # which may quote the password
-        raise ValueError("url cannot be read: user, password and options in it must be percent-encoded") from None
+    if not url.startswith(SCHEMES):
+        raise ValueError(f"url must begin with {', '.join(SCHEMES)}")
+    without_secrets(url)  # which complains if they cannot be told from the rest
+    parts = urlsplit(url)
     theirs = []
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name not in SETTINGS:
@@ -50,8 +52,6 @@ def connect(url: str = "memory://", **settings: Any) -> Broker:
         if theirs:
             raise ValueError(f"memory:// has no {', '.join(name for name, _ in theirs)}")
         return MemoryBroker(**{name: value for name, value in settings.items() if name not in OF_REDIS})
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        raise ValueError("url must begin with memory://, redis://, rediss:// or unix://")
     from .redis import RedisBroker
 
     return RedisBroker(parts._replace(query=urlencode(theirs)).geturl(), **settings)

@@ -6,13 +6,12 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-import anyio
-
+from ._urls import without_secrets
 from .base import CLOSED, BrokerUnavailable
 
 try:
@@ -35,6 +34,7 @@ AT_ONCE = 500  # channels that are joined with one command
 
 OURS = {"decode_responses", "encoding", "encoding_errors", "health_check_interval", "max_connections", "protocol"}
 
+Result = TypeVar("Result")
 Heard = Callable[[bytes], None]
 AWAY = (RedisError, OSError, asyncio.TimeoutError)
 
@@ -58,14 +58,16 @@ class Link:
     ) -> None:
         options: dict[str, Any] = {
             "protocol": 2,
-            "retry": Retry(NoBackoff(), 0),  # what may have been done already is not done again
+            # What may have been done already is not done again; and of two tasks that meet an error on the connection
+            # that listens, none is to connect anew by itself.
+            "retry": Retry(NoBackoff(), 0, supported_errors=()),
             "socket_connect_timeout": COMMAND,
         }
         self.name = without_secrets(url)
         try:
             if taken := OURS & dict(parse_qsl(urlsplit(url).query)).keys():
                 raise ValueError(f"{', '.join(sorted(taken))} is not for you to set")
-            self._listening = redis.Redis.from_url(url, max_connections=1, **options)
+            self._listening = redis.Redis.from_url(url, max_connections=1, socket_timeout=None, **options)
             pool = redis.BlockingConnectionPool.from_url(
                 url, max_connections=connections, timeout=COMMAND, socket_timeout=COMMAND, **options
             )
@@ -77,7 +79,10 @@ class Link:
         self._changed = changed
         self._scripts: dict[str, AsyncScript] = {}
         self._wanted: dict[str, Heard] = {}
-        self._waits: dict[tuple[str, str], anyio.Event] = {}
+        self._waits: dict[str, asyncio.Event] = {}
+        self._writing = asyncio.Lock()
+        self._heard = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._pubsub: PubSub | None = None
         self._listener: asyncio.Task[None] | None = None
 
@@ -106,12 +111,33 @@ class Link:
         if self._listener is not None:
             await end(self._listener)
             self._listener = None
+        while self._tasks:
+            await asyncio.wait(self._tasks)  # each has its time limit
         await self._disconnect()
 
     async def _disconnect(self) -> None:
         await self._commands.aclose()
         await self._commands.connection_pool.disconnect()
         await self._listening.aclose()
+
+    async def _apart(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do it in a task of its own.
+
+        A cancellation must not end a connection that others use, and redis-py can lose it (``asyncio.wait_for``,
+        Python 3.11).
+        """
+        return await asyncio.shield(self.begin(work))
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """In a task, for which the closing waits. Its error is that of who waits for it; then nobody's."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        _ = task.cancelled() or task.exception()
 
     # -- commands ----------------------------------------------------------------------------
 
@@ -124,6 +150,9 @@ class Link:
             raise RuntimeError(f"{CLOSED}, or not opened: async with broker, or lifespan(broker)")
         if (known := self._scripts.get(script)) is None:
             known = self._scripts[script] = self._commands.register_script(script)
+        return await self._apart(self._run(known, calls))
+
+    async def _run(self, known: AsyncScript, calls: Sequence[tuple[Sequence[str], Sequence[Any]]]) -> list[Any]:
         try:
             if len(calls) == 1:
                 return [await known(*calls[0])]
@@ -139,48 +168,60 @@ class Link:
     async def join(self, channel: str, heard: Heard) -> None:
         """Have ``heard`` called with all that is published there from now on."""
         self._wanted[channel] = heard
-        if self._pubsub is not None:
-            with suppress(*AWAY):  # who listens will hear of it as well, and join again
-                await self._pubsub.subscribe(channel)
+        await self._apart(self._join(channel))
+
+    async def _join(self, channel: str) -> None:
+        with suppress(*AWAY):  # who listens will hear of it as well, and join again
+            async with asyncio.timeout(COMMAND), self._writing:
+                if self._pubsub is not None:
+                    await self._pubsub.subscribe(channel)
 
     async def leave(self, channel: str) -> None:
         """Undo it. Redis has confirmed that, or is away."""
         del self._wanted[channel]
-        if self._pubsub is None:
-            return
-        left = self._waits.setdefault(("unsubscribe", channel), anyio.Event())
-        try:
-            with suppress(*AWAY):
-                await self._pubsub.unsubscribe(channel)
-                with anyio.move_on_after(COMMAND):
-                    await left.wait()
-        finally:
-            self._waits.pop(("unsubscribe", channel), None)
+        await self._apart(self._leave(channel))
+
+    async def _leave(self, channel: str) -> None:
+        with suppress(*AWAY):
+            async with asyncio.timeout(COMMAND):
+                async with self._writing:
+                    if self._pubsub is None:
+                        return
+                    left = self._waits.setdefault(channel, asyncio.Event())
+                    await self._pubsub.unsubscribe(channel)
+                await left.wait()
 
     async def _listen(self) -> None:
         wait, longest = BACK_OFF
         away = False
         while True:
+            pubsub = self._listening.pubsub()
+            reading: asyncio.Task[None] | None = None
             try:
-                async with self._listening.pubsub() as pubsub:
-                    await pubsub.ping()
-                    names, self._pubsub = list(self._wanted), pubsub  # who joins from here on says so itself
-                    for start in range(0, len(names), AT_ONCE):
-                        await pubsub.subscribe(*names[start : start + AT_ONCE])
-                    while True:
-                        message = await self._next(pubsub)
-                        if away:
-                            away = False
-                            wait, _ = BACK_OFF
-                            logger.warning("back: %s", self.name)
-                            self._changed(None)
-                        self._hear(message)
-            except AWAY as exc:
+                await pubsub.ping()
+                await asyncio.wait_for(pubsub.get_message(timeout=None), COMMAND)
+                if away:
+                    away = False
+                    wait, _ = BACK_OFF
+                    logger.warning("back: %s", self.name)
+                    self._changed(None)
+                names, self._pubsub = list(self._wanted), pubsub  # who joins from here on says so itself
+                for start in range(0, len(names), AT_ONCE):
+                    await pubsub.subscribe(*names[start : start + AT_ONCE])
+                reading = asyncio.get_running_loop().create_task(self._read(pubsub))
+                while await self._hears(reading, QUIET) or await self._answers(reading, pubsub):
+                    pass
+                raise BrokerUnavailable("no answer")
+            except Exception as exc:  # whatever redis-py makes of it: nobody else would notice that we are deaf
                 reason = f"{self.name}: {exc or type(exc).__name__}"
             finally:
-                self._pubsub = None
-                for event in self._waits.values():  # the connection has gone, and what was asked of it
-                    event.set()
+                if reading is not None:
+                    await end(reading)
+                async with self._writing:
+                    self._pubsub = None
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]
+                while self._waits:  # the connection has gone, and what was asked of it
+                    self._waits.popitem()[1].set()
             if not away:
                 away = True
                 logger.warning("away: %s", reason)
@@ -188,14 +229,23 @@ class Link:
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, longest)
 
-    async def _next(self, pubsub: PubSub) -> dict[str, Any]:
-        message: dict[str, Any] | None = await pubsub.get_message(timeout=QUIET)
-        if message is None:
-            await pubsub.ping()
-            message = await pubsub.get_message(timeout=COMMAND)
-            if message is None:
-                raise BrokerUnavailable("no answer")
-        return message
+    async def _read(self, pubsub: PubSub) -> None:
+        while True:
+            message: Any = await pubsub.get_message(timeout=None)
+            self._heard += 1
+            self._hear(message)
+
+    async def _hears(self, reading: asyncio.Task[None], seconds: float) -> bool:
+        """Whether anything has come in that time. What ends the reading is raised."""
+        before = self._heard
+        await asyncio.wait([reading], timeout=seconds)
+        if reading.done():
+            reading.result()
+        return self._heard > before
+
+    async def _answers(self, reading: asyncio.Task[None], pubsub: PubSub) -> bool:
+        await pubsub.ping()
+        return await self._hears(reading, COMMAND)
 
     def _hear(self, message: dict[str, Any]) -> None:
         kind = message["type"]
@@ -207,7 +257,7 @@ class Link:
                 heard(message["data"])
         elif kind == "subscribe":
             self._joined(channel)
-        elif (event := self._waits.get((kind, channel))) is not None:
+        elif (event := self._waits.pop(channel, None)) is not None:
             event.set()
 
 
@@ -227,18 +277,3 @@ def _unfit(version: str, mode: str) -> str | None:
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST:
         return f"Redis {version} is too old, {OLDEST[0]}.{OLDEST[1]} is needed"
     return None
-
-
-def without_secrets(url: str) -> str:
-    """``url`` as it may be logged: without user, password and options.
-
-    :raises TypeError: it is no str
-    :raises ValueError: it cannot be told where the password ends
-    """
-    if not isinstance(url, str):
-        raise TypeError("url must be a str")
-    with suppress(ValueError):
-        parts = urlsplit(url)
-        if "://" in url and "@" not in parts.path + parts.query + parts.fragment and parts.port != 0:
-            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    raise ValueError("url cannot be read: user, password and options in it must be percent-encoded") from None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from ..events import encode, is_whole
 from ..exceptions import InvalidEvent
@@ -91,7 +91,7 @@ class Broker(ABC):
 
     async def events(
         self, channel: str, after: str | None = None, *, lag: int | None = None, slow: Slow = "skip"
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """The same as a content for an ``SSEResponse``.
 
         Its first event says nothing but where the channel is, so that a client which has seen no event yet can
@@ -100,8 +100,8 @@ class Broker(ABC):
         async with self.subscribe(channel, after, lag=lag, slow=slow) as events:
             if after is None and (place := Place.parse(events.position)) is not None:
                 yield Here(place)
-            async for event in events:
-                yield event
+            while True:
+                yield await anext(events)
 
     async def stop(self, key: str, *, run: str | None = None, reason: str = "", early: float = 5.0) -> int:
         """End what runs under ``key``, in whatever process, with the cause ``stop``; see :mod:`~fastapi_cancel.remote`.
@@ -134,7 +134,7 @@ class Broker(ABC):
         self, channel: str, after: str | None, lag: int | None, slow: Slow
     ) -> AbstractAsyncContextManager[Subscription]: ...
 
-    async def __aenter__(self) -> Broker:
+    async def __aenter__(self) -> Self:
         await self.open()
         return self
 

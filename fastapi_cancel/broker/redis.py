@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import anyio
 
 from ..policy import check_seconds
-from ._link import Link, end
+from ._link import Link, Result, end
 from ._redis_runs import RedisRuns
 from ._redis_streams import RedisStreams
 from ._scripts import LOOK, PUBLISH, READ
@@ -80,7 +81,7 @@ class _Channel:
     async def read(self, place: Place) -> tuple[Place, list[Entry]]:
         """The store of its subscribers. Those who are at the same place read together: all, after an outage."""
         if (reading := self._readings.get(place)) is None:
-            reading = self._readings[place] = asyncio.get_running_loop().create_task(self._read(place))
+            reading = self._readings[place] = self._broker.begin(self._read(place))
         return await asyncio.shield(reading)
 
     async def _read(self, place: Place) -> tuple[Place, list[Entry]]:
@@ -132,12 +133,17 @@ class RedisBroker(Broker):
         check_seconds("patience", patience, zero=True, none=True)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {prefix!r}")
-        self._link = Link(url, connections, self._joined, self._changed)
-        self.runs: RedisRuns = RedisRuns(self._link, prefix)
-        self.streams: RedisStreams = RedisStreams(self._link, prefix, retain, max_age)
+        self.milliseconds = int(max_age * 1000)
+        self._connect = partial(Link, url, connections, self._joined, self._changed)
         self._prefix = prefix
         self._patience = patience
-        self.milliseconds = int(max_age * 1000)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to one event loop: tests open an application's broker in many, one after the other."""
+        self._link = self._connect()
+        self.runs = self._runs = RedisRuns(self._link, self._prefix)
+        self.streams = self._streams = RedisStreams(self._link, self._prefix, self.retain, self.max_age)
         self._channels: dict[str, _Channel] = {}
         self._to_look: set[str] = set()
         self._work = asyncio.Event()
@@ -146,17 +152,19 @@ class RedisBroker(Broker):
         self.failure: str | None = None
 
     async def open(self) -> None:
-        self.failure = None
+        if self._looker is not None:
+            raise RuntimeError("the broker is open already")
+        self._begin()
         await self._link.open()
-        await self.runs.open()
-        await self.streams.open()
+        await self._runs.open()
+        await self._streams.open()
         self._looker = asyncio.get_running_loop().create_task(self._look(), name="fastapi_cancel Redis looker")
 
     async def aclose(self) -> None:
         if self._looker is not None:
             await end(self._looker)
             self._looker = None
-        await self.runs.aclose()
+        await self._runs.aclose()
         self._changed(None)
         self._fail(CLOSED)
         await self._link.aclose()
@@ -170,6 +178,9 @@ class RedisBroker(Broker):
     async def ask(self, script: str, channel: str, *arguments: object) -> Any:
         (answer,) = await self._link.run(script, ([self._key(channel)], arguments))
         return answer
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        return self._link.begin(work)
 
     async def ask_patiently(self, script: str, channel: str, *arguments: object) -> Any:
         """As a subscriber does: Redis may be away for a while."""
@@ -236,8 +247,8 @@ class RedisBroker(Broker):
     # -- looking -----------------------------------------------------------------------------
 
     def _joined(self, topic: str) -> None:
-        if topic == self.runs.topic:
-            self.runs.enter_again()
+        if topic == self._runs.topic:
+            self._runs.enter_again()
         elif topic.startswith(self._topic("")):
             self._remember(topic.removeprefix(self._topic("")))
 

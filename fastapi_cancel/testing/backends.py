@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import Context
 from functools import partial
@@ -60,6 +60,10 @@ class Backend(ABC):
         """The cancellation that a wait has ended with, if it did."""
 
     @abstractmethod
+    def scopes(self) -> Collection[Any]:
+        """Those that cancel the running task, where that can be seen."""
+
+    @abstractmethod
     def alive(self, task: Any) -> bool:
         """Whether a task has not ended."""
 
@@ -95,8 +99,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run ``function`` by itself, for nobody's request."""
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]], at_last: Callable[[], object]) -> None:
+        """Run ``function`` by itself, for nobody's request.
+
+        :param at_last: called when it has ended, or the event loop has before
+        """
 
     async def _end(self, running: Running, record: Record | None, patience: float) -> None:
         if not running.ended.is_set():
@@ -192,6 +199,9 @@ class AsyncioBackend(Backend):
     def interruption(self, value: Any) -> BaseException | None:
         return value if isinstance(value, asyncio.CancelledError) else None
 
+    def scopes(self) -> Collection[Any]:
+        return ()
+
     def alive(self, task: Any) -> bool:
         return not task.done()
 
@@ -208,10 +218,11 @@ class AsyncioBackend(Backend):
     def wake(self, task: Any) -> None:
         task.cancel()
 
-    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]], at_last: Callable[[], object]) -> None:
         task = self._loop.create_task(function(), context=Context())
         self._aside.add(task)
         task.add_done_callback(self._aside.discard)
+        task.add_done_callback(lambda _: at_last())
 
     @asynccontextmanager
     async def running(
@@ -271,6 +282,15 @@ class TrioBackend(Backend):
         error = getattr(value, "error", None)  # Trio sends outcomes
         return error if isinstance(error, BaseException) and is_interruption(error) else None
 
+    def scopes(self) -> Collection[Any]:
+        found = []
+        status = sys.modules["trio"].lowlevel.current_task()._cancel_status
+        while status is not None:
+            if status._scope._cancel_called:
+                found.append(status._scope)
+            status = None if status._scope._shield else status._parent
+        return found
+
     def alive(self, task: Any) -> bool:
         return task.coro.cr_frame is not None
 
@@ -283,8 +303,15 @@ class TrioBackend(Backend):
         if (abort := task._abort_func) is not None and abort(_drop) is trio.lowlevel.Abort.SUCCEEDED:
             trio.lowlevel.reschedule(task, sys.modules["outcome"].Error(Dropped()))
 
-    def aside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        sys.modules["trio"].lowlevel.spawn_system_task(function, context=Context())
+    def aside(self, function: Callable[[], Coroutine[Any, Any, None]], at_last: Callable[[], object]) -> None:
+        async def run() -> None:
+            try:
+                with anyio.CancelScope(shield=True):  # Trio cancels its system tasks once the main one is over
+                    await function()
+            finally:
+                at_last()
+
+        sys.modules["trio"].lowlevel.spawn_system_task(run, context=Context())
 
     async def _run(self, running: Running, scope: anyio.CancelScope, work: Coroutine[Any, Any, None]) -> None:
         running.task = sys.modules["trio"].lowlevel.current_task()

@@ -181,6 +181,8 @@ class LeavingClient:
             "client": ("127.0.0.1", 50000),
             "server": ("testserver", 80),
         }
+        if self.habits.extensions:
+            scope["extensions"] = {name: {} for name in self.habits.extensions}
         if self._state is not None:
             scope["state"] = dict(self._state)
         return scope

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,6 +17,14 @@ from .habits import Habits
 from .moments import Moment
 from .sites import Stack, stack_here
 
+START, BODY = "http.response.start", "http.response.body"
+TRAILERS, PATH = "http.response.trailers", "http.response.pathsend"
+
+
+class ClientLeft(OSError):
+    """What ``send`` raises once the client has left: a server may be given it back (ASGI, HTTP spec, version 2.4)."""
+
+
 TURN = 100
 """Messages after which ``send`` lets the event loop turn: a real one's buffer is full some day."""
 
@@ -26,10 +35,12 @@ class Connection:
     :param body: the request's body, in the pieces in which it comes
     :ivar status: of the response, once it has started
     :ivar headers: likewise
+    :ivar trailers: what comes after the body as headers do before it, where the server offers that
     :ivar chunks: of the response's body, as the client received them
     :ivar uploaded: bytes of the request's body that the application has read, or a server that reads it first
     :ivar invited: whether it has read at all: on uvicorn that sends ``100 Continue``
     :ivar sending: the number of the chunk that waits for a client which does not read
+    :ivar given_up: whether a ``send`` that waited for it was interrupted
     :ivar completed: whether the response is complete
     :ivar left: when the client has left, by the event loop's clock
     :ivar heard: whether anybody has read http.disconnect, or was raised an :class:`OSError`, since
@@ -42,12 +53,12 @@ class Connection:
     def __init__(self, body: Iterable[bytes], habits: Habits) -> None:
         self.habits = habits
         self.status: int | None = None
-        self.headers = Headers()
+        self.headers = self.trailers = Headers()
         self.chunks: list[bytes] = []
         self.uploaded = 0
         self.invited = False
         self.sending: int | None = None
-        self.completed = False
+        self.given_up = self.completed = False
         self.left: float | None = None
         self.heard = False
         self.stolen: tuple[Stack, Stack] | None = None
@@ -59,6 +70,7 @@ class Connection:
         self._sends = 0
         self._whole: Message | None = None
         self.body_complete = self._started = self._stalled = self._told = False
+        self._body_begun = self._body_over = self._trailing = False
         self._readers: dict[int, Stack] = {}
         self._changed: Any = None
         self._events = EventReader()
@@ -121,14 +133,16 @@ class Connection:
             self._readers.pop(reader, None)
 
     def _check_readers(self, reader: int) -> None:
-        """Two at once: one of them gets a piece of the body that the other wanted."""
+        """Two at once: one of them gets what the other waits for, be it http.disconnect, which some say only once."""
         for other, stack in self._readers.items():
-            if other != reader and not self.body_complete and self.stolen is None:
-                self.stolen = (stack, stack_here())
+            if other != reader and self.stolen is None:
+                both = stack, stack_here()
+                if not (self.body_complete and any(map(_is_a_look, both))):
+                    self.stolen = both
 
     def _check_peek(self, stack: Stack) -> None:
         """Starlette drops whatever message it meets."""
-        if any(site.package == "starlette" and site.function == "Request.is_disconnected" for site in stack):
+        if _is_a_look(stack):
             self.peeked = stack
 
     async def _next_message(self, reader: int) -> Message:
@@ -181,34 +195,61 @@ class Connection:
         self._sends += 1
         if self._sends % TURN == 0:
             await checkpoint()
-        if message["type"] == "http.response.body" and message.get("body") and self.habits.back_pressure:
-            await self._until_it_reads()
+        if message["type"] == BODY and self.habits.back_pressure:
+            await self._until_it_reads(bool(message.get("body")))
         if self.left is not None:
             if self.habits.raises:
                 self.heard = True
-                raise OSError("the client has left")
+                raise ClientLeft("the client has left")
             return
-        if self.completed or message["type"] != ("http.response.body" if self._started else "http.response.start"):
+        if message["type"] not in self._expected():
             raise RuntimeError(f"unexpected {message['type']!r}")
-        if not self._started:
-            self._started = True
-            self.status = message["status"]
-            self.headers = Headers(raw=list(message.get("headers", [])))
-        else:
-            if body := bytes(message.get("body", b"")):
-                self.chunks.append(body)
-                self._events.feed(body)
-            self.completed = not message.get("more_body", False)
+        self._take(message)
         self._tell()
         if self.habits.yields:
             await checkpoint()
 
-    async def _until_it_reads(self) -> None:
+    def _expected(self) -> set[str]:
+        """What may come next; of the extensions, those that the server offers."""
+        if self.completed:
+            return set()
+        if not self._started:
+            return {START}
+        if self._body_over:
+            return {TRAILERS}
+        return {BODY} if self._body_begun else {BODY, *({PATH} & self.habits.extensions)}
+
+    def _take(self, message: Message) -> None:
+        if message["type"] == START:
+            self._started = True
+            self.status = message["status"]
+            self.headers = Headers(raw=list(message.get("headers", [])))
+            self._trailing = message.get("trailers", False) and TRAILERS in self.habits.extensions
+        elif message["type"] == TRAILERS:
+            self.trailers = Headers(raw=[*self.trailers.raw, *message.get("headers", [])])
+            self.completed = not message.get("more_trailers", False)
+        else:
+            self._body_begun = True
+            body = Path(message["path"]).read_bytes() if message["type"] == PATH else bytes(message.get("body", b""))
+            if body:
+                self.chunks.append(body)
+                self._events.feed(body)
+            self._body_over = not message.get("more_body", False)
+            self.completed = self._body_over and not self._trailing
+
+    async def _until_it_reads(self, chunk: bool) -> None:
+        """Wait if the buffer is full: an empty last chunk is some bytes, too, and uvicorn waits before any."""
         number = len(self.chunks) + 1
         try:
-            while self.left is None and (self._stalled or number in self._stalls_at):
-                self.sending = number
-                await self._change()
+            while self.left is None and (self._stalled or (chunk and number in self._stalls_at)):
+                if self.sending != number:
+                    self.sending = number
+                    self.look()  # who sends may be a task that nobody watches
+                else:
+                    await self._change()
+        except BaseException:
+            self.given_up = True
+            raise
         finally:
             self.sending = None
 
@@ -228,3 +269,8 @@ class Connection:
         if self._changed is None:
             self._changed = anyio.Event()
         await self._changed.wait()
+
+
+def _is_a_look(stack: Stack) -> bool:
+    """Whether it is Starlette's way to ask, which waits for nothing."""
+    return any(site.package == "starlette" and site.function == "Request.is_disconnected" for site in stack)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+EXTENSIONS = frozenset({"http.response.trailers", "http.response.pathsend"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
@@ -22,6 +24,7 @@ class Habits:
     :param whole_body: whether the application is only started when the body is complete
     :param back_pressure: whether ``send`` waits for a client that does not read
     :param yields: whether ``send`` lets the event loop turn
+    :param extensions: of ASGI that it offers: ``"http.response.trailers"``, ``"http.response.pathsend"``
     """
 
     spec_version: str | None = "2.3"
@@ -32,19 +35,22 @@ class Habits:
     whole_body: bool = False
     back_pressure: bool = True
     yields: bool = False
+    extensions: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.cancels_after is not None and not self.cancels_after >= 0:
             raise ValueError(f"cancels_after: seconds (>= 0) or None, not {self.cancels_after!r}")
         if self.after_completion not in ("http.disconnect", "waits"):
             raise ValueError(f"after_completion: 'http.disconnect' or 'waits', not {self.after_completion!r}")
+        if wrong := sorted(self.extensions - EXTENSIONS):
+            raise ValueError(f"extensions: some of {', '.join(sorted(EXTENSIONS))}, not {', '.join(wrong)}")
 
 
 SERVERS: dict[str, Habits] = {
     "uvicorn": Habits(),
     "gunicorn": Habits(spec_version="2.4", after_completion="waits", cancels_after=3),
     "hypercorn": Habits(spec_version="2.1", again=False),
-    "granian": Habits(),
+    "granian": Habits(extensions=frozenset({"http.response.pathsend"})),
     "daphne": Habits(spec_version=None, again=False, cancels_after=10, whole_body=True, back_pressure=False),
     "asgi": Habits(spec_version="2.4", raises=True),
 }

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ._probe import APP, READY, RUNNING, TOKEN, VISITS
 from ._target import target_of
-from .recorder import ServedVisit, read_visits
+from .recorder import ServedVisit, VisitsFile
 from .servers import find_server
 from .sockets import Headers, RawClient
 
@@ -35,7 +35,7 @@ PATIENCE = 1.0  # seconds for the answer to "are you ready": a master accepts be
 
 
 class LiveServerError(RuntimeError):
-    """The server did not start, or did not stop. The message ends with its log."""
+    """The server did not start, did not stop, or has ended by itself. The message ends with its log."""
 
 
 class LiveServer:
@@ -120,6 +120,7 @@ class LiveServer:
         self._log = Path(self._directory.name, "log")
         self._visits = Path(self._directory.name, "visits")
         self._visits.touch()
+        self._requests = VisitsFile(self._visits)
         try:
             for _ in range(ATTEMPTS):
                 self.port = free_port()
@@ -231,6 +232,7 @@ class LiveServer:
         if self._process is not None:
             self._kill()
             self._last_log = self._log.read_bytes()
+            self._requests.visits()
         self._directory.cleanup()
 
     def __enter__(self) -> Self:
@@ -256,7 +258,7 @@ class LiveServer:
     def mark(self) -> None:
         """Forget the requests so far, and what has been logged, but for the line that is being written."""
         self._mark = self._bytes().rfind(b"\n") + 1
-        self._visits_mark = len(read_visits(self._visits))
+        self._visits_mark = len(self._requests.visits())
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Wait until the log has ``text`` in it, so many times.
@@ -297,7 +299,7 @@ class LiveServer:
 
         With ``probe=False`` nobody has looked.
         """
-        return read_visits(self._visits)[self._visits_mark :]
+        return self._requests.visits()[self._visits_mark :]
 
     def wait_until_over(self, count: int = 0) -> list[ServedVisit]:
         """Wait until no request runs.
@@ -338,8 +340,18 @@ class LiveServer:
 
         :param receive_buffer: bytes, see :class:`RawClient`
         :param timeout: seconds, instead of the server's deadline
+        :raises LiveServerError: the server has ended
         """
-        return RawClient(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        try:
+            return RawClient(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        except ConnectionRefusedError as exc:
+            raise self._refused(exc) from None
+
+    def _refused(self, error: ConnectionRefusedError) -> Exception:
+        """That nobody listens, told with what a server that has ended has to say about it."""
+        if (status := self.process.poll()) is None:
+            return error
+        return LiveServerError(f"{self.name} has ended with {status}:\n{self._text()}")
 
     def open(
         self,
@@ -365,10 +377,14 @@ class LiveServer:
 
         :raises ImportError: h2 is not installed
         :raises ConnectionError: the server does not speak it
+        :raises LiveServerError: the server has ended
         """
         from .http2 import Http2Client
 
-        return Http2Client(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        try:
+            return Http2Client(self.port, receive_buffer=receive_buffer, timeout=timeout or self.deadline)
+        except ConnectionRefusedError as exc:
+            raise self._refused(exc) from None
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Ask for ``path``: the status and the body of the answer."""

@@ -8,8 +8,8 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ class Recorder:
         self._write(id=number, method=scope["method"], path=scope["path"], began=time.monotonic())
 
         def tell() -> None:
-            record.look()
             open_until_told.close()
             faults = [list(fault) for fault in record.faults]
             self._write(id=number, waits=record.suspensions, faults=faults, **visit.outcome)
@@ -63,16 +62,22 @@ class Recorder:
             del self._running[number]
             self._over.append((record, tell))
             if len(self._over) == 1:
-                over.backend.aside(self._tell)
+                over.backend.aside(self._judge, self._tell)
 
-    async def _tell(self) -> None:
-        """Judge those that are over: together, because collecting garbage takes its time."""
+    async def _judge(self) -> None:
+        """Look at those that are over: together, because collecting garbage takes its time."""
         while self._over:
-            over = list(self._over)
-            await settle(*(record for record, _ in over))
-            for _, tell in over:
-                tell()
-            del self._over[: len(over)]
+            over = [record for record, _ in self._over]
+            await settle(*over)
+            for record in over:
+                record.look()
+            self._tell(len(over))
+
+    def _tell(self, count: int | None = None) -> None:
+        """Write down the first ``count`` of them; all, if the event loop ends before anybody has looked."""
+        over, self._over[:count] = self._over[:count], []
+        for _, tell in over:
+            tell()
 
     def running(self) -> dict[str, str]:
         """Where each request that is not over waits."""
@@ -125,8 +130,8 @@ class _Recorded:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-        elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._completed = True
+        ends = message["type"] in ("http.response.body", "http.response.pathsend") and not message.get("more_body")
+        self._completed = self._completed or ends
         with _of_the_server():
             await self._send(message)
 
@@ -170,16 +175,32 @@ class ServedVisit:
         return f"{self.method} {self.path} {self.status}"
 
 
-def read_visits(file: Path) -> list[ServedVisit]:
-    """Those that a recorder has written down, in the order in which they began."""
-    visits: dict[str, ServedVisit] = {}
-    whole = file.read_text().rpartition("\n")[0]  # it may be in the middle of a line
-    for news in map(json.loads, whole.splitlines()):
-        if (visit := visits.get(news["id"])) is None:
-            visits[news["id"]] = ServedVisit(**news)
-        else:
-            faults = [Fault(*fault) for fault in news.pop("faults")]
-            if news["error"] is not None:
-                faults.append(Fault("error", f"reached the server: {news['error']}"))
-            visit.__dict__.update(news, faults=faults)
-    return list(visits.values())
+class VisitsFile:
+    """Those that a recorder has written down, in the order in which they began. What has been read is not read again.
+
+    :param path: which may be gone by the time of a later look
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0
+        self._visits: dict[str, ServedVisit] = {}
+
+    def visits(self) -> list[ServedVisit]:
+        """All of them by now."""
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")[0]  # it may be in the middle of a line
+            self._read += len(whole) + bool(whole)
+            for news in map(json.loads, whole.splitlines()):
+                self._take(news)
+        return list(self._visits.values())
+
+    def _take(self, news: dict[str, Any]) -> None:
+        if (visit := self._visits.get(news["id"])) is None:
+            self._visits[news["id"]] = ServedVisit(**news)
+            return
+        faults = [Fault(*fault) for fault in news.pop("faults")]
+        if news["error"] is not None:
+            faults.append(Fault("error", f"reached the server: {news['error']}"))
+        self._visits[visit.id] = replace(visit, **{**news, "faults": faults})

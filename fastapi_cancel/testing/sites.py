@@ -89,18 +89,22 @@ def stack_of(exc: BaseException) -> Stack:
 
 def stack_of_waiting(waiting: Any) -> Stack:
     """Where a suspended coroutine or asynchronous generator waits."""
-    return tuple(site_of(frame) for frame in _frames(waiting))
+    return tuple(site_of(frame) for frame in frames_of_waiting(waiting))
 
 
-def _frames(waiting: Any) -> Iterator[FrameType]:
+def frames_of_waiting(waiting: Any) -> Iterator[FrameType]:
+    """The functions in which it waits, the innermost one last."""
     while waiting is not None:
         for kind, inner in (("cr", "cr_await"), ("ag", "ag_await"), ("gi", "gi_yieldfrom")):
             if (frame := getattr(waiting, f"{kind}_frame", None)) is not None:
                 yield frame
-                waiting = getattr(waiting, inner)
+                # Asked what it waits for while it runs, Python 3.11 may answer with an object that is gone. Of an
+                # asynchronous generator nobody can tell; but what waits for one that runs, runs.
+                runs = kind != "ag" and getattr(waiting, f"{kind}_running")
+                waiting = None if runs else getattr(waiting, inner)
                 if waiting is None and frame.f_code.co_name in BY_HAND:
                     waiting = frame.f_locals.get("work")
-                elif waiting is None and frame.f_code.co_qualname == AHEAD:
+                elif waiting is None and frame.f_code.co_qualname == AHEAD and not runs:
                     waiting = frame.f_locals["steps"]
                 break
         else:  # the awaitable of an `__anext__` keeps its generator to itself

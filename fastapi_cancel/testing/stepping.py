@@ -11,23 +11,27 @@ first is then the context of the second. Three things look alike, and are none:
 - *a first one that is over*: it was turned into a ``TimeoutError``, say, and is its cause;
 - *a cleanup that limits itself*, by a timeout of its own: the second one ends inside of it, and so does the request.
 
-A kill passes the function in which the first one was being handled, or its request is taken back together with that of
-the first one. After a cleanup's own timeout it is the first one that goes on. Hence an interruption stays under
-suspicion until one or the other can be told.
+On Trio it is seen at once which one it is: a scope that has interrupted the task before does so again at each wait that
+is not shielded from it, while a cleanup's own timeout is a scope that has interrupted nobody yet.
+
+On asyncio a kill passes the function in which the first one was being handled, or its request is taken back together
+with that of the first one. After a cleanup's own timeout it is the first one that goes on. Hence an interruption stays
+under suspicion until one or the other can be told.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from traceback import walk_tb
 from types import FrameType, coroutine
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from starlette.requests import ClientDisconnect
 
 from ..exceptions import ClientGone
-from .sites import BY_HAND
+from .sites import BY_HAND, frames_of_waiting
 
 
 class Seam(Protocol):
@@ -44,6 +48,10 @@ class Seam(Protocol):
 
     def interruption(self, value: Any) -> BaseException | None:
         """The cancellation that a wait has ended with, if it did."""
+        ...
+
+    def scopes(self) -> Collection[Any]:
+        """Those that cancel the running task, where that can be seen."""
         ...
 
 
@@ -84,29 +92,32 @@ class Interruption:
 
     :param exc: as it arrives
     :param requests: to cancel the task, before this one
-    :param counted: whether these are counted
+    :param again: whether it comes from a scope that has interrupted the task before; ``None``: requests are counted
     """
 
-    def __init__(self, exc: BaseException, requests: int, counted: bool) -> None:
+    def __init__(self, exc: BaseException, requests: int, again: bool | None = None) -> None:
         self.exc = exc
         self._requests = requests
-        self._counted = counted
+        self._again = again
         self._brought = exc.__context__
         self.later: list[BaseException] = []
 
-    def has_killed(self, requests: int, over: bool) -> bool | None:
+    def has_killed(self, requests: int, over: bool, waiting: Collection[FrameType] = ()) -> bool | None:
         """Whether it has ended a cleanup; ``None``: that cannot be told yet.
 
         :param requests: by now
         :param over: whether the work has ended
+        :param waiting: the functions in which it waits
         """
         first = self._first()
         if first is not None:
-            if _outlives(self.exc, first):
+            if self._again is not None and type(first) is type(self.exc):
+                return self._again
+            if _outlives(self.exc, first, waiting):
                 return True
-            if _outlives(first, self.exc):
+            if _outlives(first, self.exc, waiting):
                 return False
-        if not self._counted:
+        if self._again is not None:
             return False if first is None or over else None
         if requests > self._requests and not over:
             return None
@@ -133,10 +144,10 @@ def is_interruption(exc: BaseException) -> bool:
     return type(exc).__name__ == "Cancelled" and type(exc).__module__.partition(".")[0] == "trio"
 
 
-def _outlives(exc: BaseException, other: BaseException) -> bool:
-    """Whether ``exc`` has gone on where ``other`` has ended."""
+def _outlives(exc: BaseException, other: BaseException, waiting: Collection[FrameType]) -> bool:
+    """Whether ``exc`` has gone on where ``other`` has ended, and not only into a context manager that swallows it."""
     end = _passed(other)[:1]
-    return bool(end) and end[0] in _passed(exc)[1:]
+    return bool(end) and end[0] in _passed(exc)[1:] and end[0] not in waiting
 
 
 def _passed(exc: BaseException) -> list[FrameType]:
@@ -160,6 +171,7 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
     value: Any = None
     requests = seam.requests()
     suspects: list[Interruption] = []
+    interrupted_by: WeakSet[Any] = WeakSet()
     drops = 0
     try:
         while True:
@@ -171,7 +183,7 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
                 return end.value
             finally:
                 if suspects:
-                    suspects = list(_unjudged(suspects, seam.requests(), over, told))
+                    suspects = list(_unjudged(suspects, seam.requests(), over, work, told))
             requests = min(requests, seam.requests())
             told.suspended(work)
             try:
@@ -188,7 +200,10 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
             if arrived is not None and (requests > before or not seam.counts):
                 for suspect in suspects:
                     suspect.later.append(arrived)
-                suspects.append(Interruption(arrived, before, seam.counts))
+                scopes = seam.scopes()
+                again = None if seam.counts else not interrupted_by.isdisjoint(scopes)
+                suspects.append(Interruption(arrived, before, again))
+                interrupted_by.update(scopes)
             if told.dropped and arrived is not None:
                 step, value = work.throw, Dropped()
                 drops += 1
@@ -201,9 +216,10 @@ def stepped(work: Any, told: Told) -> Generator[Any, Any, Any]:
         del step, value, suspects  # an exception would hold this frame, which holds it
 
 
-def _unjudged(suspects: list[Interruption], requests: int, over: bool, told: Told) -> Iterator[Interruption]:
+def _unjudged(suspects: list[Interruption], requests: int, over: bool, work: Any, told: Told) -> Iterator[Interruption]:
+    waiting = list(frames_of_waiting(work))
     for suspect in suspects:
-        killed = suspect.has_killed(requests, over)
+        killed = suspect.has_killed(requests, over, waiting)
         if killed is None:
             yield suspect
         else:

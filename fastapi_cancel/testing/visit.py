@@ -16,12 +16,13 @@ from ..channel import Channel
 from ..policy import Cause
 from ..protect import channel_of
 from .backends import GIVE_UP
-from .connection import Connection
+from .connection import ClientLeft, Connection
 from .faults import Fault, Kind, fail_on
 from .habits import Habits
 from .moments import Moment
-from .records import Record
+from .records import CURRENT, Record
 from .sites import Stack, stack_of, stack_of_waiting, told
+from .stepping import is_interruption
 
 TURNS = 10
 """Of the event loop, in which what ends by itself has ended."""
@@ -40,7 +41,7 @@ class Visit(Connection):
     :ivar lasted: seconds that the application went on for once the client had left
     :ivar left_at: where the work waited when the client left
     :ivar over: whether the application has returned
-    :ivar cancelled: whether the server has cancelled it
+    :ivar cancelled: whether somebody has cancelled it: the server, or the test
     """
 
     def __init__(self, scope: Scope, body: Iterable[bytes], habits: Habits) -> None:
@@ -88,7 +89,10 @@ class Visit(Connection):
         """Wait for a moment.
 
         :raises NeverCame: the visit is over and it has not come
+        :raises RuntimeError: it is the application that waits
         """
+        if CURRENT.get() is self._record:
+            raise RuntimeError("until() is for the test: the application itself would end its own wait by waiting")
         self.prepare(moment)
         if moment.wait is not None:
             came = await self._came(moment.wait)
@@ -186,9 +190,14 @@ class Visit(Connection):
 
     async def run(self, app: ASGIApp) -> None:
         """The application's own task."""
+        backend = self._record.backend
         try:
             if not self.habits.whole_body or await self.take_body():
                 await self._record.run(_call(app, self))
+        except BaseException as exc:
+            # Not one that it got from a task of its own, by awaiting that.
+            self.cancelled |= is_interruption(exc) and (not backend.counts or backend.requests() > 0)
+            raise
         finally:
             self.over = True
             if self.left is not None:
@@ -198,9 +207,9 @@ class Visit(Connection):
     def judge(self, error: BaseException | None) -> None:
         """The application has ended by itself."""
         self.error = error
-        if isinstance(error, (Exception, BaseExceptionGroup)):
+        if isinstance(error, (Exception, BaseExceptionGroup)) and not isinstance(error, ClientLeft):
             self.blame("error", f"{error!r} reached the server, from\n{told(stack_of(error))}")
-        elif self.left is None and not self.completed:
+        elif self.left is None and not (self.completed or self.given_up or self.cancelled):
             self.blame("error", "the application returned without a complete response")
         if self.stolen is not None:
             first, second = self.stolen

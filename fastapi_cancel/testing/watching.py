@@ -12,7 +12,8 @@ somebody watches, these are ours, and each hands on to what was there before:
   when the garbage collector gets it;
 - *the root logger*, and what Python can only print (``sys.unraisablehook``).
 
-There is one watch a thread, however many requests are watched in it.
+There is one watch a thread, however many requests are watched in it. ``sys.unraisablehook`` is of the whole process:
+the first watch sets it, and the last one takes it back.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from .sites import stack_here
 from .stepping import told_of
 
 _HERE = threading.local()
+_LISTENING: list[Watch] = []
+"""All that hear what Python can only print."""
+_LOCK = threading.Lock()
 
 
 def watch(logs: bool = True) -> Watch:
@@ -92,20 +96,20 @@ class Watch:
         self._hooks = sys.get_asyncgen_hooks()
         sys.set_asyncgen_hooks(self._iterated, self._abandoned)
         if self._logs:
-            self._print = sys.unraisablehook
-            sys.unraisablehook = self._unraisable
+            _listen(self)
             logging.getLogger().addHandler(self._handler)
 
     def _remove(self) -> None:
         if self._logs:
             logging.getLogger().removeHandler(self._handler)
-            if sys.unraisablehook == self._unraisable:  # else somebody builds on it
-                sys.unraisablehook = self._print
+            _listen_no_more(self)
         if sys.get_asyncgen_hooks().firstiter == self._iterated:
             sys.set_asyncgen_hooks(*self._hooks)
         self.backend.remove()
         if self._froze:
             gc.unfreeze()
+        if getattr(_HERE, "watch", None) is self:
+            del _HERE.watch  # which would keep an event loop that has been closed
 
     def _iterated(self, generator: Any) -> None:
         record = CURRENT.get()
@@ -125,16 +129,38 @@ class Watch:
             if self._hooks.finalizer is not None:
                 self._hooks.finalizer(generator)
 
-    def _unraisable(self, unraisable: Any) -> None:
-        line = f"{unraisable.err_msg or 'Exception ignored in'} {unraisable.object!r}: {unraisable.exc_value!r}"
-        self.logged(line, logging.ERROR, unraisable.exc_value)
-        self._print(unraisable)
-
     def logged(self, line: str, level: int, exc: BaseException | None) -> None:
         """Somebody has said something: for the request in whose context it was, or whose error it is, else for all."""
         record = CURRENT.get() or told_of(exc)
         for each in self.records.copy() if record is None else [record]:
             each.heard(line, level)
+
+
+class _Hook:
+    """In the place of ``sys.unraisablehook``."""
+
+    def __init__(self, before: Callable[[Any], object]) -> None:
+        self.before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        line = f"{unraisable.err_msg or 'Exception ignored in'} {unraisable.object!r}: {unraisable.exc_value!r}"
+        for watch in _LISTENING.copy():
+            watch.logged(line, logging.ERROR, unraisable.exc_value)
+        self.before(unraisable)
+
+
+def _listen(watch: Watch) -> None:
+    with _LOCK:
+        if not _LISTENING:
+            sys.unraisablehook = _Hook(sys.unraisablehook)
+        _LISTENING.append(watch)
+
+
+def _listen_no_more(watch: Watch) -> None:
+    with _LOCK:
+        _LISTENING.remove(watch)
+        if not _LISTENING and isinstance(sys.unraisablehook, _Hook):  # else somebody builds on it
+            sys.unraisablehook = sys.unraisablehook.before
 
 
 class _Handler(logging.Handler):
