@@ -268,6 +268,19 @@ async def test_work_that_nobody_reads_is_cancelled(new: NewBroker, linger: float
         assert (await there.read("/resume")).data == [*numbers(1, 2), ended("disconnect")]
 
 
+async def test_who_starts_a_stream_is_its_first_reader(new: NewBroker) -> None:
+    """However long the response takes to begin; and until it has ended, begun or not."""
+    work = Work(allowed=1)
+    async with working(new, work, linger=0, lease=0.3) as (here, _):
+        response = await here.streams.start("k", work.response())
+        assert isinstance(response, SSEResponse)
+        await until(lambda: work.made)
+        await anyio.sleep(0.15)
+        assert not work.ended
+        await response.aclose()
+        await until(lambda: work.ended)
+
+
 async def test_linger_is_long_enough_to_come_back(new: NewBroker) -> None:
     work = Work(allowed=1)
     async with working(new, work, linger=0.3, lease=0.3) as (here, there):
