@@ -76,7 +76,8 @@ class Broker(ABC):
                 async for event in events: ...
 
         :param after: the id of the last event that was seen: what came after it comes first. ``None``: from now
-            on. One that is no id of this channel: all that is kept, behind a :class:`Gap`
+            on. One that is no id, or older than all that is kept: that, behind a :class:`Gap`. One that is newer
+            than all there is, because the store has lost it: what comes now, behind a gap, and nothing twice
         :param lag: how many events may wait for a subscriber that has caught up once; ``None``: all that are kept
         :param slow: what becomes of one that is further behind: ``"skip"``: a :class:`Gap`, and the newest
             ``lag`` events; ``"end"``: it raises :class:`Stalled`

@@ -310,9 +310,7 @@ class Subscription(AsyncIterator[Event]):
             newest, entries = await self._store.read(self._here)
             self._read = deque(entries)
             if not entries and newest != self._here:
-                if newest > self._here or newest.epoch == self._here.epoch:  # forgotten, or lost
-                    return self._skip_to(newest)
-                self._here = NOWHERE  # an id of another log
+                return self._skip_to(newest)  # what was behind it has been forgotten, or lost with the place itself
 
     def _next(self) -> Event | None:
         if self._read:
