@@ -37,12 +37,10 @@ Races, and why each is harmless:
 from __future__ import annotations
 
 import logging
-import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from contextvars import copy_context
-from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -53,27 +51,20 @@ from fastapi import HTTPException
 from pydantic_core import to_json
 from starlette.responses import Response
 
-from ._closing import close, run_cleanups
-from ._event_stream import MAX_BUSY
+from ._producer import Producer, StreamLost
 from .broker import Broker, BrokerUnavailable, Event, Gap, Subscription
 from .broker.base import check_count, check_name
 from .broker.log import SEP, Place
 from .broker.runs import EARLY_AT_MOST
-from .broker.streams import LIVE, Fate, Found, how_ended
-from .events import encode, is_whole
-from .exceptions import CancelError, RequestCancelled
-from .ladder import RUN, Ladder
-from .policy import HERE, CancelPolicy, check_seconds
-from .protect import ladder_for
-from .sse import SSEResponse, StreamInfo
+from .broker.streams import DONE, LIVE, Fate, Found, how_ended
+from .exceptions import CancelError
+from .policy import CancelPolicy, check_seconds
+from .sse import SSEResponse
 
 logger = logging.getLogger("fastapi_cancel")
 
 Live = Literal["join", "replace", "refuse"]
-DONE, FAILED = "done", "failed"
-FINISHING = 5.0  # seconds for the last words of a producer whose process ends, and of a reader
-AGAIN = 0.1, 2.0  # seconds until an event that could not be appended is tried again: at first, at the most
-_ID = re.compile(rb"(?:^|(?<=[\r\n]))id(?::[^\r\n]*)?(?:\r\n|\n|\r)")
+DEPARTING = 5.0  # seconds for a reader to say that it has left
 
 
 class AlreadyRunning(CancelError, HTTPException):
@@ -81,10 +72,6 @@ class AlreadyRunning(CancelError, HTTPException):
 
     def __init__(self, key: str) -> None:
         HTTPException.__init__(self, 409, f"a stream is live under the key {key!r}")
-
-
-class StreamLost(CancelError):
-    """The stream is another run's, or gone."""
 
 
 class Resumable:
@@ -145,7 +132,7 @@ class Resumable:
         self.patience = patience
         self.policy = policy or CancelPolicy()
         self._live = live
-        self._producers: set[_Producer] = set()
+        self._producers: set[Producer] = set()
         self._readers: set[_Reader] = set()
         self._group: TaskGroup | None = None
 
@@ -189,7 +176,7 @@ class Resumable:
             raise TypeError(f"response must be an SSEResponse, not {response!r}")
         if self._group is None:
             raise RuntimeError("not open: async with streams, or lifespan(broker, streams)")
-        producer = _Producer(self, key, response)
+        producer = Producer(self, key, response)
         try:
             found = await (self.broker.streams.find(key) if after is not None else self._begin(producer, self._group))
         finally:
@@ -197,7 +184,7 @@ class Resumable:
                 await producer.clean_up()
         return self._answer(key, found, after, response.put_content, producer)
 
-    async def _begin(self, producer: _Producer, group: TaskGroup) -> Found:
+    async def _begin(self, producer: Producer, group: TaskGroup) -> Found:
         key, run = producer.key, producer.run
         found: Found | None = None
         with anyio.CancelScope(shield=True):  # who claims it must begin
@@ -234,7 +221,7 @@ class Resumable:
         found: Found | None,
         after: str | None,
         respond: Callable[[AsyncIterator[Event | bytes]], SSEResponse],
-        producer: _Producer | None = None,
+        producer: Producer | None = None,
     ) -> Response:
         place = Place.parse(after) if after is not None else None
         if found is None:
@@ -299,7 +286,7 @@ class Resumable:
 
     async def _depart(self, reader: _Reader) -> None:
         if reader.is_known:
-            with anyio.move_on_after(FINISHING, shield=True), suppress(BrokerUnavailable):
+            with anyio.move_on_after(DEPARTING, shield=True), suppress(BrokerUnavailable):
                 await self.broker.streams.depart(reader.key, reader.run, reader.id)
 
     async def _attend(self) -> None:
@@ -317,7 +304,7 @@ class Resumable:
         """Whether the streams are to end."""
         return self._group is None
 
-    def forget(self, producer: _Producer) -> None:
+    def forget(self, producer: Producer) -> None:
         """It has ended."""
         self._producers.discard(producer)
 
@@ -342,180 +329,6 @@ class _Reader:
         self.at = self.told = self.place.number
         self.is_known = is_first
         self.silent_since: float | None = None
-
-
-class _Producer:
-    """The work of a stream, in a task of its own under a ladder of its own.
-
-    :ivar began: whether it has a stream, and a task
-    :ivar ended: set when it has ended, its cleanups included
-    """
-
-    def __init__(self, streams: Resumable, key: str, response: SSEResponse) -> None:
-        self.key = key
-        self.run = secrets.token_hex(8)
-        self.began = False
-        self.ended = anyio.Event()
-        self._content, self._cleanups = response.take_content()
-        self._streams = streams
-        self._records = streams.broker.streams
-        self._farewell = response.make_farewell
-        self._since = monotonic()
-        self._number = self._read_to = 0
-        self._ladder: Ladder | None = None
-        self._works = True
-        self._progress = anyio.Event()
-        self._departure = anyio.Event()
-
-    def shut_down(self) -> None:
-        if self._ladder is not None:  # else it will see for itself
-            self._ladder.signal("shutdown")
-
-    async def produce(self) -> None:
-        """From the first event to the last word. Raises nothing: the others go on."""
-        ladder = ladder_for(self._streams.policy, {"type": "stream", "path": self.key})
-        try:
-            state = await self._run(ladder)
-            limit = FINISHING if self._streams.is_closing or state == FAILED else None
-            with anyio.fail_after(limit, shield=True):
-                words = self._last_words(ladder)
-                await self._insist(lambda: self._records.finish(self.key, self.run, state, self._streams.keep, *words))
-        except (StreamLost, BrokerUnavailable, TimeoutError) as exc:
-            logger.warning("%s has ended, and cannot say so: %s", ladder.name(), exc or "the broker does not answer")
-        except Exception:
-            logger.exception("%s has ended, and cannot say so", ladder.name())
-        finally:
-            self._records.heed(self.run, None)
-            self._streams.forget(self)
-            self.ended.set()
-
-    async def _run(self, ladder: Ladder) -> str:
-        """The work, to the end of its cleanup. How it has ended."""
-        try:
-            await ladder.run(self._work(ladder))
-        except RequestCancelled:
-            pass
-        except StreamLost:
-            raise
-        except Exception:
-            logger.exception("%s failed", ladder.name())
-            return FAILED
-        return ladder.cause or DONE
-
-    async def _work(self, ladder: Ladder) -> None:
-        streams = self._streams
-        self._ladder = ladder
-        if streams.is_closing:
-            ladder.signal("shutdown")
-        self._records.heed(self.run, self._hear)
-        ladder.spawn(partial(self._stay, ladder))
-        try:
-            async with streams.broker.runs.running(self.key, self.run, ladder.stop):
-                await self._pump(ladder)
-                ladder.complete()
-        finally:
-            try:
-                await self.clean_up()
-            finally:
-                self._works = False
-                self._departure.set()
-
-    async def _pump(self, ladder: Ladder) -> None:
-        turned = monotonic()
-        wire = b""
-        self._check(ladder)
-        async for item in self._content:
-            self._check(ladder)
-            if item is not None:
-                wire += encode(item, SEP)[0]
-            if is_whole(wire):  # else these are bytes, and the rest of the event is to come
-                while self._number - self._read_to >= self._streams.ahead:
-                    await self._progress.wait()
-                await self._put(_ID.sub(b"", wire))
-                wire = b""
-            if monotonic() - turned > MAX_BUSY:
-                await ladder.turn()
-                turned = monotonic()
-            self._check(ladder)  # redis-py can lose a cancellation, and there is but one
-
-    def _check(self, ladder: Ladder) -> None:
-        """Between two events: after the signal, and its grace, there are no more."""
-        if ladder.cause is not None and ladder.state != RUN:
-            ladder.settle()
-            raise RequestCancelled(ladder.cause)
-
-    async def clean_up(self) -> None:
-        """Close the content, and run the hooks that came with it."""
-        await close(self._content)
-        await run_cleanups(self._cleanups, self._streams.policy.cleanup_timeout, f"the stream {self.key!r}")
-
-    def _last_words(self, ladder: Ladder) -> list[bytes]:
-        if ladder.cause not in HERE:
-            return []
-        try:
-            info = StreamInfo(ladder.cause, monotonic() - self._since, self._number, reason=ladder.reason)
-            return [word for word in [self._farewell(info)] if word]
-        except Exception:
-            logger.exception("%s: the farewell failed", ladder.name())
-            return []
-
-    # -- to the log --------------------------------------------------------------------------
-
-    async def _put(self, wire: bytes) -> None:
-        await self._insist(lambda: self._records.produce(self.key, self.run, self._number + 1, wire))
-        self._number += 1
-
-    async def _insist(self, append: Callable[[], Awaitable[bool]]) -> None:
-        """Append, however often the broker goes away meanwhile.
-
-        :raises StreamLost: the stream is another run's
-        :raises BrokerUnavailable: it was away for too long
-        """
-        wait, longest = AGAIN
-        until = monotonic() + self._streams.patience
-        while True:
-            try:
-                if await append():
-                    return
-                raise StreamLost("another run has taken the stream, or the broker has lost it")
-            except BrokerUnavailable:
-                if monotonic() > until:
-                    raise
-            await anyio.sleep(wait)
-            wait = min(2 * wait, longest)
-
-    # -- its readers -------------------------------------------------------------------------
-
-    def _hear(self, at: int | None) -> None:
-        if at is None:
-            self._departure.set()
-        else:
-            self._read_to = max(self._read_to, at)
-            self._progress.set()
-            self._progress = anyio.Event()
-
-    async def _stay(self, ladder: Ladder) -> None:
-        """Be heard of, and end the work when nobody has read it for ``linger``."""
-        streams = self._streams
-        while self._works:  # the ladder cancels us when the work has ended; but redis-py can lose that
-            wait = streams.lease / 3
-            try:
-                seen = await self._records.renew(self.key, self.run, streams.lease)
-            except BrokerUnavailable:
-                wait = streams.lease / 10
-            else:
-                if seen is None:
-                    ladder.stop("lost")
-                    return
-                idle, read_to = seen
-                self._hear(read_to)
-                if idle is not None and idle >= streams.linger:
-                    ladder.signal("disconnect")
-                elif idle is not None:
-                    wait = min(wait, streams.linger - idle)
-            with anyio.move_on_after(wait):
-                await self._departure.wait()
-            self._departure = anyio.Event()
 
 
 def _ended(reason: str) -> bytes:

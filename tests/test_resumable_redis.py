@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from fastapi_cancel import BrokerUnavailable, SSEResponse, connect
-from fastapi_cancel import resumable as module
+from fastapi_cancel import _producer as module
 
 from .redis_server import RedisServer
 from .test_resumable import Work, Worker, ended, numbers, until, working

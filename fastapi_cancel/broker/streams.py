@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from .log import SEP, Event, Log, Place
 
-LIVE = "live"
+LIVE, DONE, FAILED = "live", "done", "failed"
 _ENDING = re.compile(rb": fastapi-cancel stream (\w+)\r\n\r\n$")
 SWEEP = 100  # streams that begin between two looks for those that are to be forgotten
 
