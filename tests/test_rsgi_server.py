@@ -224,9 +224,8 @@ def test_an_expected_continue_is_not_invited_by_reading_ahead(rsgi: LiveServer) 
 
 
 def wait_until_stuck(live: LiveServer) -> None:
-    """Wait until the generator has not been asked for 0.2 s."""
-    while time.monotonic() - (live.json("/stats")["seen"] or [time.monotonic()])[0] < 0.2:
-        pass
+    """Wait until one `send` has waited for 0.2 s."""
+    live.wait_for("/stats", sending=lambda sending: any(seconds > 0.2 for seconds in sending))
 
 
 def skip(client: RawClient, size: int) -> None:
