@@ -8,24 +8,21 @@ import secrets
 from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import anyio
 
 from ._closing import close, run_cleanups
 from ._event_stream import MAX_BUSY
-from .broker import BrokerUnavailable
+from .broker import Broker, BrokerUnavailable
 from .broker.log import SEP
 from .broker.streams import DONE, FAILED
 from .events import encode, is_whole
 from .exceptions import CancelError, RequestCancelled
 from .ladder import RUN, Ladder
-from .policy import HERE
+from .policy import HERE, CancelPolicy
 from .protect import ladder_for
 from .sse import SSEResponse, StreamInfo
-
-if TYPE_CHECKING:
-    from .resumable import Resumable
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -38,6 +35,25 @@ class StreamLost(CancelError):
     """The stream is another run's, or gone."""
 
 
+class Terms(Protocol):
+    """On which a stream is produced: see :class:`~fastapi_cancel.resumable.Resumable`.
+
+    ``is_closing``: the streams are to end. ``forget``: is told of a producer that has ended.
+    """
+
+    broker: Broker
+    policy: CancelPolicy
+    linger: float
+    keep: float
+    lease: float
+    ahead: int
+    patience: float
+
+    @property
+    def is_closing(self) -> bool: ...
+    def forget(self, producer: Producer) -> None: ...
+
+
 class Producer:
     """The work of a stream, in a task of its own under a ladder of its own.
 
@@ -45,14 +61,14 @@ class Producer:
     :ivar ended: set when it has ended, its cleanups included
     """
 
-    def __init__(self, streams: Resumable, key: str, response: SSEResponse) -> None:
+    def __init__(self, terms: Terms, key: str, response: SSEResponse) -> None:
         self.key = key
         self.run = secrets.token_hex(8)
         self.began = False
         self.ended = anyio.Event()
         self._content, self._cleanups = response.take_content()
-        self._streams = streams
-        self._records = streams.broker.streams
+        self._terms = terms
+        self._records = terms.broker.streams
         self._farewell = response.make_farewell
         self._since = monotonic()
         self._number = self._read_to = 0
@@ -67,20 +83,20 @@ class Producer:
 
     async def produce(self) -> None:
         """From the first event to the last word. Raises nothing: the others go on."""
-        ladder = ladder_for(self._streams.policy, {"type": "stream", "path": self.key})
+        ladder = ladder_for(self._terms.policy, {"type": "stream", "path": self.key})
         try:
             state = await self._run(ladder)
-            limit = FINISHING if self._streams.is_closing or state == FAILED else None
+            limit = FINISHING if self._terms.is_closing or state == FAILED else None
             with anyio.fail_after(limit, shield=True):
                 words = self._last_words(ladder)
-                await self._insist(lambda: self._records.finish(self.key, self.run, state, self._streams.keep, *words))
+                await self._insist(lambda: self._records.finish(self.key, self.run, state, self._terms.keep, *words))
         except (StreamLost, BrokerUnavailable, TimeoutError) as exc:
             logger.warning("%s has ended, and cannot say so: %s", ladder.name(), exc or "the broker does not answer")
         except Exception:
             logger.exception("%s has ended, and cannot say so", ladder.name())
         finally:
             self._records.heed(self.run, None)
-            self._streams.forget(self)
+            self._terms.forget(self)
             self.ended.set()
 
     async def _run(self, ladder: Ladder) -> str:
@@ -97,14 +113,14 @@ class Producer:
         return ladder.cause or DONE
 
     async def _work(self, ladder: Ladder) -> None:
-        streams = self._streams
+        terms = self._terms
         self._ladder = ladder
-        if streams.is_closing:
+        if terms.is_closing:
             ladder.signal("shutdown")
         self._records.heed(self.run, self._hear)
         ladder.spawn(partial(self._stay, ladder))
         try:
-            async with streams.broker.runs.running(self.key, self.run, ladder.stop):
+            async with terms.broker.runs.running(self.key, self.run, ladder.stop):
                 await self._pump(ladder)
                 ladder.complete()
         finally:
@@ -123,7 +139,7 @@ class Producer:
             if item is not None:
                 wire += encode(item, SEP)[0]
             if is_whole(wire):  # else these are bytes, and the rest of the event is to come
-                while self._number - self._read_to >= self._streams.ahead:
+                while self._number - self._read_to >= self._terms.ahead:
                     await self._progress.wait()
                 await self._put(_ID.sub(b"", wire))
                 wire = b""
@@ -141,7 +157,7 @@ class Producer:
     async def clean_up(self) -> None:
         """Close the content, and run the hooks that came with it."""
         await close(self._content)
-        await run_cleanups(self._cleanups, self._streams.policy.cleanup_timeout, f"the stream {self.key!r}")
+        await run_cleanups(self._cleanups, self._terms.policy.cleanup_timeout, f"the stream {self.key!r}")
 
     def _last_words(self, ladder: Ladder) -> list[bytes]:
         if ladder.cause not in HERE:
@@ -166,7 +182,7 @@ class Producer:
         :raises BrokerUnavailable: it was away for too long
         """
         wait, longest = AGAIN
-        until = monotonic() + self._streams.patience
+        until = monotonic() + self._terms.patience
         while True:
             try:
                 if await append():
@@ -190,23 +206,23 @@ class Producer:
 
     async def _stay(self, ladder: Ladder) -> None:
         """Be heard of, and end the work when nobody has read it for ``linger``."""
-        streams = self._streams
+        terms = self._terms
         while self._works:  # the ladder cancels us when the work has ended; but redis-py can lose that
-            wait = streams.lease / 3
+            wait = terms.lease / 3
             try:
-                seen = await self._records.renew(self.key, self.run, streams.lease)
+                seen = await self._records.renew(self.key, self.run, terms.lease)
             except BrokerUnavailable:
-                wait = streams.lease / 10
+                wait = terms.lease / 10
             else:
                 if seen is None:
                     ladder.stop("lost")
                     return
                 idle, read_to = seen
                 self._hear(read_to)
-                if idle is not None and idle >= streams.linger:
+                if idle is not None and idle >= terms.linger:
                     ladder.signal("disconnect")
                 elif idle is not None:
-                    wait = min(wait, streams.linger - idle)
+                    wait = min(wait, terms.linger - idle)
             with anyio.move_on_after(wait):
                 await self._departure.wait()
             self._departure = anyio.Event()
