@@ -492,7 +492,7 @@ async def test_a_heartbeat_that_cannot_be_written_is_a_stalled_client() -> None:
     """C18."""
     notes = Notes()
     feed = Feed("1")
-    response = SSEResponse(feed.events(), heartbeat=0.05, send_timeout=0.1, on_disconnect=notes.on_disconnect)
+    response = SSEResponse(feed.events(), heartbeat=0.05, send_timeout=0.5, on_disconnect=notes.on_disconnect)
     await visited(response, stall=after_event("1"))
     assert notes[0].cause == "stalled"
     assert feed.closed.is_set()

@@ -22,6 +22,7 @@ import pytest
 import redis.asyncio as redis
 from fastapi import BackgroundTasks, FastAPI, Request
 from fastapi.sse import EventSourceResponse as NativeEventSourceResponse
+from starlette.concurrency import iterate_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -792,6 +793,33 @@ async def test_a_generator_that_somebody_holds_open(anyio_backend: str) -> None:
     assert text[0] == "generator left open: numbers, first iterated at"
     assert text[2] == "  waits at" and text[3].endswith(" in numbers")
     await held[0].aclose()
+
+
+def letters() -> Generator[str, None, None]:
+    yield from "abc"
+
+
+async def test_a_synchronous_generator_that_nobody_closes(anyio_backend: str) -> None:
+    async def work() -> None:
+        async for _ in iterate_in_threadpool(letters()):
+            break
+
+    text = lines(await visited(work))
+    assert text[0] == "generator left open: letters, first iterated at"
+
+
+async def test_a_synchronous_generator_whose_driver_has_gone(anyio_backend: str) -> None:
+    """Whoever has it still may be about to close it."""
+
+    async def work() -> None:
+        held = [letters()]
+        async for _ in iterate_in_threadpool(held[0]):
+            break
+        gc.collect()
+        await anyio.sleep(0)
+        held[0].close()
+
+    assert (await visited(work)).faults == []
 
 
 async def test_a_generator_in_a_circle(anyio_backend: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from types import AsyncGeneratorType, GeneratorType
+from types import AsyncGeneratorType, FrameType, GeneratorType
 from typing import Any, NamedTuple, Protocol
 
 from .faults import Fault, Kind
@@ -144,7 +145,7 @@ class Record:
     def abandoned(self, generator: AnyGenerator) -> None:
         """The garbage collector has got it: nobody has closed it."""
         noted = self._generators.pop(id(generator))
-        if self.listening:
+        if self.listening and not _is_held(_users(generator), generator):
             self._blame_open(noted, generator, "was left to the garbage collector")
 
     def _blame_open(self, noted: _Generator, generator: AnyGenerator, how: str) -> None:
@@ -177,6 +178,18 @@ class Record:
 class _Generator(NamedTuple):
     reference: weakref.ref[AnyGenerator]
     iterated: Stack
+
+
+def _is_held(driven: object, by: AnyGenerator) -> bool:
+    """Whether somebody else than who drives it has it still, and may be about to close it."""
+    if not isinstance(driven, GeneratorType):
+        return False
+    assert by.ag_frame is not None
+    locals_of_driver = by.ag_frame.f_locals  # Python 3.11 keeps this one, too
+    return any(
+        each is not locals_of_driver and not isinstance(each, (FrameType, AsyncGeneratorType))
+        for each in gc.get_referrers(driven)
+    )
 
 
 def _users(generator: AnyGenerator) -> AnyGenerator | GeneratorType[Any, Any, Any] | None:
