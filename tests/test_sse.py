@@ -45,6 +45,7 @@ from fastapi_cancel import (
 from fastapi_cancel._ahead import Ahead
 from fastapi_cancel._event_stream import MAX_BYTES
 from fastapi_cancel._heart import AT_ONCE, Heart, _hearts
+from fastapi_cancel.exceptions import Stalled
 from fastapi_cancel.testing import (
     LeavingClient,
     Moment,
@@ -486,6 +487,18 @@ async def test_time_limits_of_the_content_are_its_own() -> None:
     async with opened(SSEResponse(content(), heartbeat=0.05), stall=after_event("1"), resume=when(passed)) as visit:
         await visit.until(after(b": ping", b"data: 2"))
         assert visit.body.index(b": ping") < visit.body.index(b"data: 2")
+
+
+async def test_a_content_that_a_client_is_too_slow_for_ends_as_stalled() -> None:
+    """C18: a broker's subscriber with ``slow="end"``. The connection is cut; an ``EventSource`` comes back."""
+    notes = Notes()
+
+    async def content() -> Events:
+        yield "1"
+        raise Stalled("more than 2 events wait for a subscriber")
+
+    await visited(SSEResponse(content(), on_disconnect=notes.on_disconnect), "error: .*complete")
+    assert notes[0].cause == "stalled"
 
 
 async def test_a_heartbeat_that_cannot_be_written_is_a_stalled_client() -> None:
