@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import anyio
@@ -127,7 +128,7 @@ async def test_raising_in_a_thread_that_another_task_waits_for(wait: str) -> Non
     """It interrupts that task; the handler has its cancellation still to come."""
     started, seen = threading.Event(), list[str]()
 
-    @cancel_policy(grace=0.05)
+    @cancel_policy(grace=0.5)
     async def endpoint(token: Token) -> None:
         raised = anyio.Event()
 
@@ -142,15 +143,17 @@ async def test_raising_in_a_thread_that_another_task_waits_for(wait: str) -> Non
             async with anyio.create_task_group() as group:
                 group.start_soon(other)
                 while wait == "turns" and not raised.is_set():
+                    time.sleep(0.0005)  # a loop that turns as fast as it can may keep a thread from its turn
                     await anyio.sleep(0)
                 await raised.wait()
+            seen.append("raised")
             await anyio.sleep_forever()
         except anyio.get_cancelled_exc_class():
             seen.append("cancelled")
             raise
 
     await clean(serve(endpoint), leave=when(started))
-    assert seen == ["cancelled"]
+    assert seen == ["raised", "cancelled"]
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
