@@ -12,6 +12,10 @@ from fastapi_cancel.testing.live import LiveServer
 
 pytest.register_assert_rewrite("tests.matrix_cell", "tests.matrix_rows")
 
+from .redis_server import own_redis as own_redis  # noqa: E402
+from .redis_server import persistent_redis as persistent_redis  # noqa: E402
+from .redis_server import redis_server as redis_server  # noqa: E402
+from .redis_server import store as store  # noqa: E402
 from .visits import surroundings as surroundings  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

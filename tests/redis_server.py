@@ -1,4 +1,4 @@
-"""A real Redis, or Valkey, server on a free port."""
+"""A real Redis server on a free port; or Valkey, where it is installed: all that needs the one runs on both."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
 
 import pytest
 import redis
 
 from fastapi_cancel.testing.live import free_port
 
-from .conftest import DEADLINE
+DEADLINE = 20.0  # seconds
+STORES = {"redis": "redis-server"}
+if shutil.which("valkey-server") is not None:
+    STORES["valkey"] = "valkey-server"
 
 
 class RedisServer:
     """A process of its own, with a directory of its own. Ended by its process id.
 
     :param options: for its command line, such as ``"--appendonly yes"``; without any it keeps nothing on disk
-    :param program: ``"redis-server"`` or ``"valkey-server"``
+    :cvar program: ``"redis-server"`` or ``"valkey-server"``
     """
 
-    def __init__(self, options: str = "", program: str = "redis-server") -> None:
-        found = shutil.which(program)
-        assert found is not None, f"these tests need {program} (Debian's package is called so)"
+    program: ClassVar[str] = STORES["redis"]
+
+    def __init__(self, options: str = "") -> None:
+        found = shutil.which(self.program)
+        assert found is not None, f"these tests need {self.program} (Debian's package is called so)"
         self._program = found
         self._options = options.split()
         self.directory = tempfile.TemporaryDirectory()
@@ -34,7 +41,7 @@ class RedisServer:
             if self.start():
                 return
         self.directory.cleanup()
-        raise AssertionError(f"{program} did not start")
+        raise AssertionError(f"{self.program} did not start")
 
     def start(self) -> bool:
         """Again after :meth:`kill`: at the same port, with what it finds in its directory. Whether it answers."""
@@ -75,7 +82,37 @@ class RedisServer:
         self.directory.cleanup()
 
 
-@pytest.fixture(scope="module", name="redis_server")
-def a_redis_server() -> Iterator[RedisServer]:
+@contextmanager
+def servers_of(kind: str) -> Iterator[None]:
+    """Have those that are started meanwhile be of this kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RedisServer, "program", STORES[kind])
+        yield
+
+
+@pytest.fixture(scope="module", params=list(STORES))
+def store(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have the test once with each kind of server."""
+    with servers_of(request.param):
+        yield
+
+
+@pytest.fixture(scope="module")
+def redis_server(store: None) -> Iterator[RedisServer]:
+    """One for a whole module."""
     with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own_redis(store: None) -> Iterator[RedisServer]:
+    """One to be killed."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def persistent_redis(store: None) -> Iterator[RedisServer]:
+    """One that may be killed, and has its data when it is back."""
+    with RedisServer("--appendonly yes") as server:
         yield server

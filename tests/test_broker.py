@@ -6,12 +6,7 @@ What is only Redis' is in ``test_broker_redis``; the log and its readers by them
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from typing import Any
 
 import anyio
@@ -19,63 +14,21 @@ import pytest
 from fastapi.sse import ServerSentEvent as FastAPIEvent
 from pydantic import BaseModel
 
-from fastapi_cancel import BrokerUnavailable, Gap, InvalidEvent, ServerSentEvent, connect
+from fastapi_cancel import BrokerUnavailable, Gap, InvalidEvent, ServerSentEvent
 from fastapi_cancel.broker import Broker, Event, MemoryBroker, Stalled, Subscription
 from fastapi_cancel.events import encode
 
+from .brokers import NewBroker, a_kind, its_backend, its_store, new_brokers  # noqa: F401 (fixtures)
 from .conftest import DEADLINE, NOT_TESTED
-from .redis_server import RedisServer
+from .redis_server import STORES
 
 pytestmark = pytest.mark.anyio
 
-MEMORY = ["memory", "memory on Trio"]
-IN_REDIS = {"redis": "redis-server"}
-if shutil.which("valkey-server") is not None:
-    IN_REDIS["valkey"] = "valkey-server"
 
-Open = Callable[..., Broker]
-
-
-@pytest.fixture(params=[*MEMORY, *IN_REDIS])
-def kind(request: pytest.FixtureRequest) -> str:
-    kind: str = request.param
-    return kind
-
-
-@pytest.mark.skipif("valkey" in IN_REDIS, reason="these run on Valkey, too")
+@pytest.mark.skipif("valkey" in STORES, reason="these run on Valkey, too")
 @pytest.mark.parametrize("kind", [None])
 def test_on_valkey(kind: None) -> None:
     pytest.skip(f"{NOT_TESTED} brokers on Valkey: no valkey-server is installed")
-
-
-@pytest.fixture
-def anyio_backend(kind: str) -> str:
-    return "trio" if kind == "memory on Trio" else "asyncio"
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Callable[[str], RedisServer]]:
-    """One of each kind, once it is asked for."""
-    running: dict[str, RedisServer] = {}
-    with ExitStack() as stack:
-
-        def find(kind: str) -> RedisServer:
-            if kind not in running:
-                running[kind] = stack.enter_context(RedisServer(program=IN_REDIS[kind]))
-            return running[kind]
-
-        yield find
-
-
-prefixes = (f"test {number}:" for number in count())
-
-
-@pytest.fixture
-def new(kind: str, servers: Callable[[str], RedisServer]) -> Open:
-    """Makes brokers that know of each other, if they can, and of no other test's."""
-    if kind in MEMORY:
-        return connect
-    return partial(connect, servers(kind).url, prefix=next(prefixes))
 
 
 async def take(events: Subscription, number: int) -> list[Event]:
@@ -128,7 +81,7 @@ NO_PLACES = [
 
 
 class TestBroker:
-    async def test_who_listens_gets_what_is_published_with_its_id(self, new: Open) -> None:
+    async def test_who_listens_gets_what_is_published_with_its_id(self, new: NewBroker) -> None:
         async with new() as broker, broker.subscribe("news") as events:
             ids = [await broker.publish("news", f"{number}") for number in range(3)]
             got = await take(events, 3)
@@ -137,7 +90,7 @@ class TestBroker:
             assert events.position == ids[-1]
             assert got[0].frame == f"id: {ids[0]}\r\ndata: 0\r\n\r\n".encode()
 
-    async def test_ids_are_consecutive_within_a_channel(self, new: Open) -> None:
+    async def test_ids_are_consecutive_within_a_channel(self, new: NewBroker) -> None:
         async with new() as broker:
             first, second = [await broker.publish("a", "x") for _ in range(2)]
             await broker.publish("b", "x")
@@ -145,22 +98,22 @@ class TestBroker:
         epoch, number = first.split("-")
         assert [second, third] == [f"{epoch}-{int(number) + 1}", f"{epoch}-{int(number) + 2}"]
 
-    async def test_from_now_on(self, new: Open) -> None:
+    async def test_from_now_on(self, new: NewBroker) -> None:
         async with new() as broker:
             await broker.publish("news", "before")
             async with broker.subscribe("news") as events:
                 await broker.publish("news", "after")
                 assert data(await take(events, 1)) == ["after"]
 
-    async def test_channels_are_apart(self, new: Open) -> None:
+    async def test_channels_are_apart(self, new: NewBroker) -> None:
         async with new() as broker, broker.subscribe("a") as a, broker.subscribe("b") as b:
             await broker.publish("a", "for a")
             await broker.publish("b", "for b")
             assert data(await take(a, 1) + await take(b, 1)) == ["for a", "for b"]
 
     @pytest.mark.parametrize("length", [0, 1, 250])
-    async def test_who_comes_back_misses_nothing(self, new: Open, length: int) -> None:
-        async with new() as broker:
+    async def test_who_comes_back_misses_nothing(self, new: NewBroker, length: int) -> None:
+        async with new(retain=1000) as broker:
             first = await broker.publish("news", "first")
             for number in range(length):
                 await broker.publish("news", number)
@@ -168,7 +121,7 @@ class TestBroker:
                 await broker.publish("news", "last")
                 assert data(await take(events, length + 1)) == [*map(str, range(length)), "last"]
 
-    async def test_what_is_forgotten_is_told_and_counted(self, new: Open) -> None:
+    async def test_what_is_forgotten_is_told_and_counted(self, new: NewBroker) -> None:
         async with new(retain=3) as broker:
             ids = [await broker.publish("news", number) for number in range(7)]
             async with broker.subscribe("news", ids[0]) as events:
@@ -179,7 +132,7 @@ class TestBroker:
             async with broker.subscribe("news", gap.id) as events:
                 assert data(await take(events, 3)) == ["4", "5", "6"]
 
-    async def test_a_reader_that_falls_behind_what_is_kept_is_told(self, new: Open) -> None:
+    async def test_a_reader_that_falls_behind_what_is_kept_is_told(self, new: NewBroker) -> None:
         async with new(retain=2) as broker, broker.subscribe("news") as events:
             for number in range(5):
                 await broker.publish("news", number)
@@ -189,7 +142,7 @@ class TestBroker:
             assert data(rest) == ["3", "4"]
 
     @pytest.mark.parametrize("id", NO_PLACES)
-    async def test_an_id_that_says_nothing_is_a_gap(self, new: Open, id: str) -> None:
+    async def test_an_id_that_says_nothing_is_a_gap(self, new: NewBroker, id: str) -> None:
         async with new() as broker:
             await broker.publish("news", "kept")
             async with broker.subscribe("news", id) as events:
@@ -204,7 +157,7 @@ class TestBroker:
                 await broker.publish("nothing yet", "new")
                 assert data(await take(events, 1)) == ["new"]
 
-    async def test_an_id_of_a_life_that_was_lost_is_a_gap_and_nothing_comes_twice(self, new: Open) -> None:
+    async def test_an_id_of_a_life_that_was_lost_is_a_gap_and_nothing_comes_twice(self, new: NewBroker) -> None:
         """It is newer than all there is: who has it has seen that."""
         async with new() as broker:
             await broker.publish("news", "kept")
@@ -215,7 +168,7 @@ class TestBroker:
                 await broker.publish("news", "new")
                 assert data(await take(events, 1)) == ["new"]
 
-    async def test_an_id_that_does_not_exist_yet_is_a_gap(self, new: Open) -> None:
+    async def test_an_id_that_does_not_exist_yet_is_a_gap(self, new: NewBroker) -> None:
         async with new() as broker:
             epoch = (await broker.publish("news", "kept")).partition("-")[0]
             async with broker.subscribe("news", f"{epoch}-1000") as events:
@@ -226,7 +179,7 @@ class TestBroker:
                 await broker.publish("news", "new")
                 assert data(await take(events, 1)) == ["new"]
 
-    async def test_an_event_is_forgotten_at_its_age(self, new: Open) -> None:
+    async def test_an_event_is_forgotten_at_its_age(self, new: NewBroker) -> None:
         age = 0.5
         async with new(max_age=age) as broker, broker.subscribe("news"):
             first = await broker.publish("news", "seen")
@@ -238,7 +191,7 @@ class TestBroker:
                 assert isinstance(gap, Gap)
                 assert (gap.missed, young.data) == (1, "young")
 
-    async def test_a_channel_is_not_forgotten_while_somebody_listens(self, new: Open) -> None:
+    async def test_a_channel_is_not_forgotten_while_somebody_listens(self, new: NewBroker) -> None:
         """Though others are joined all the time, which is what the keeper of the logs waits for."""
         age = 0.5
         async with new(max_age=age) as broker, broker.subscribe("idle") as events:
@@ -252,7 +205,7 @@ class TestBroker:
             assert first.partition("-")[0] == second.partition("-")[0]
             assert data(await take(events, 1)) == ["second"]
 
-    async def test_a_channel_is_forgotten_when_nobody_does(self, new: Open) -> None:
+    async def test_a_channel_is_forgotten_when_nobody_does(self, new: NewBroker) -> None:
         age = 0.05
         async with new(max_age=age) as broker:
             first = await broker.publish("idle", "first")
@@ -262,7 +215,7 @@ class TestBroker:
             second = await broker.publish("idle", "second")
             assert first.partition("-")[0] < second.partition("-")[0]
 
-    async def test_who_reads_slowly_skips(self, new: Open) -> None:
+    async def test_who_reads_slowly_skips(self, new: NewBroker) -> None:
         async with new() as broker, broker.subscribe("news", lag=2) as events:
             await broker.publish("news", "read")
             assert data(await take(events, 1)) == ["read"]
@@ -274,7 +227,7 @@ class TestBroker:
             assert gap.missed == 3
             assert data(rest) == ["3", "4"]
 
-    async def test_who_reads_slowly_is_ended(self, new: Open) -> None:
+    async def test_who_reads_slowly_is_ended(self, new: NewBroker) -> None:
         async with new() as broker, broker.subscribe("news", lag=2, slow="end") as events:
             await wait_for_it(events)
             ids = [await broker.publish("news", number) for number in range(3)]
@@ -282,7 +235,7 @@ class TestBroker:
             with pytest.raises(Stalled, match="more than 2 events"):
                 await take(events, 1)
 
-    async def test_nobody_is_slow_before_he_has_caught_up(self, new: Open) -> None:
+    async def test_nobody_is_slow_before_he_has_caught_up(self, new: NewBroker) -> None:
         async with new() as broker:
             first = await broker.publish("news", "first")
             for number in range(5):
@@ -290,7 +243,7 @@ class TestBroker:
             async with broker.subscribe("news", first, lag=2, slow="end") as events:
                 assert data(await take(events, 5)) == ["0", "1", "2", "3", "4"]
 
-    async def test_the_content_of_a_response_begins_with_its_place(self, new: Open) -> None:
+    async def test_the_content_of_a_response_begins_with_its_place(self, new: NewBroker) -> None:
         async with new() as broker:
             await broker.publish("news", "before")
             events = broker.events("news")
@@ -305,13 +258,13 @@ class TestBroker:
             await close(events)
 
     @pytest.mark.parametrize("item", ITEMS)
-    async def test_all_that_can_be_sent_can_be_published(self, new: Open, item: Any) -> None:
+    async def test_all_that_can_be_sent_can_be_published(self, new: NewBroker, item: Any) -> None:
         async with new() as broker, broker.subscribe("news") as events:
             id = await broker.publish("news", item)
             (event,) = await take(events, 1)
             assert event.frame == f"id: {id}\r\n".encode() + encode(item)[0]
 
-    async def test_events_know_their_fields(self, new: Open) -> None:
+    async def test_events_know_their_fields(self, new: NewBroker) -> None:
         async with new() as broker, broker.subscribe("news") as events:
             await broker.publish("news", {"data": "a\nb: c", "event": "both"})
             await broker.publish("news", b"data:tight\ndata\n\n")
@@ -337,17 +290,17 @@ class TestBroker:
             ({"date": "x"}, "no 'date'"),
         ],
     )
-    async def test_what_is_no_event_is_refused(self, new: Open, item: Any, message: str) -> None:
+    async def test_what_is_no_event_is_refused(self, new: NewBroker, item: Any, message: str) -> None:
         async with new() as broker:
             with pytest.raises(InvalidEvent, match=message):
                 await broker.publish("news", item)
 
-    async def test_ids_in_the_data_are_none(self, new: Open) -> None:
+    async def test_ids_in_the_data_are_none(self, new: NewBroker) -> None:
         async with new() as broker:
             await broker.publish("news", b"data: id: 5\nidle: x\n\n")
             await broker.publish("news", "id: 5")
 
-    async def test_an_event_of_another_channel_has_an_id(self, new: Open) -> None:
+    async def test_an_event_of_another_channel_has_an_id(self, new: NewBroker) -> None:
         async with new() as broker, broker.subscribe("a") as events:
             await broker.publish("a", "x")
             (event,) = await take(events, 1)
@@ -366,12 +319,12 @@ class TestBroker:
         ],
     )
     async def test_wrong_settings_name_themselves(
-        self, new: Open, kind_of: type[Exception], settings: dict[str, Any], message: str
+        self, new: NewBroker, kind_of: type[Exception], settings: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(kind_of, match=message):
             new(**settings)
 
-    async def test_wrong_arguments_name_themselves(self, new: Open) -> None:
+    async def test_wrong_arguments_name_themselves(self, new: NewBroker) -> None:
         wrong: Any
         async with new() as broker:
             for wrong in ["", 5, None]:
@@ -386,7 +339,7 @@ class TestBroker:
             with pytest.raises(ValueError, match="slow must be 'skip' or 'end'"):
                 broker.subscribe("a", slow=wrong)
 
-    async def test_subscribers_that_wait_are_told_of_the_closing(self, new: Open) -> None:
+    async def test_subscribers_that_wait_are_told_of_the_closing(self, new: NewBroker) -> None:
         told: list[str] = []
         waiting = [anyio.Event() for _ in range(3)]
 
@@ -409,14 +362,14 @@ class TestBroker:
         assert told == ["the broker has been closed"] * 3
         await broker.aclose()
 
-    async def test_a_broker_may_be_opened_again(self, new: Open) -> None:
+    async def test_a_broker_may_be_opened_again(self, new: NewBroker) -> None:
         broker = new()
         for _ in range(2):
             async with broker, broker.subscribe("news") as events:
                 await broker.publish("news", "x")
                 assert data(await take(events, 1)) == ["x"]
 
-    async def test_leaving_while_being_cancelled(self, new: Open) -> None:
+    async def test_leaving_while_being_cancelled(self, new: NewBroker) -> None:
         async with new() as broker:
             async with anyio.create_task_group() as group:
                 inside = anyio.Event()
@@ -431,7 +384,7 @@ class TestBroker:
                 group.cancel_scope.cancel()
             await nobody_listens(broker)
 
-    async def test_cancelled_at_each_point_of_subscribing(self, new: Open) -> None:
+    async def test_cancelled_at_each_point_of_subscribing(self, new: NewBroker) -> None:
         async with new() as broker:
             for turns in range(12):
                 async with anyio.create_task_group() as group:
@@ -449,7 +402,7 @@ class TestBroker:
                 await broker.publish("news", "still")
                 assert data(await take(events, 1)) == ["still"]
 
-    async def test_many_subscribers_in_the_order_of_their_waiting(self, new: Open, anyio_backend: str) -> None:
+    async def test_many_subscribers_in_the_order_of_their_waiting(self, new: NewBroker, anyio_backend: str) -> None:
         order: list[int] = []
         many, listening = 200, 0
         ready = anyio.Event()
@@ -510,9 +463,9 @@ async def nobody_listens(broker: Broker, soon: bool = False) -> None:
     assert await client.pubsub_numsub(topic) == [(topic.encode(), 0)]
 
 
-@pytest.mark.parametrize("kind", ["memory", "redis"])
+@pytest.mark.parametrize("kind", ["memory", *STORES], scope="module")
 class TestOnAsyncio:
-    async def test_native_cancellation(self, new: Open) -> None:
+    async def test_native_cancellation(self, new: NewBroker) -> None:
         async with new() as broker:
             for turns in range(12):
 
@@ -528,7 +481,7 @@ class TestOnAsyncio:
                 assert task.cancelled()
                 await nobody_listens(broker)
 
-    async def test_publishing_is_cancelled(self, new: Open) -> None:
+    async def test_publishing_is_cancelled(self, new: NewBroker) -> None:
         """Python 3.11: in redis-py alone a cancellation can get lost."""
 
         async def publish_and_wait() -> None:
@@ -544,7 +497,7 @@ class TestOnAsyncio:
                 done, _ = await asyncio.wait([task], timeout=DEADLINE)
                 assert done, turns
 
-    async def test_cancelled_again_while_leaving(self, new: Open) -> None:
+    async def test_cancelled_again_while_leaving(self, new: NewBroker) -> None:
         """The looker leaves for it."""
         async with new() as broker:
             for turns in range(8):
@@ -564,7 +517,7 @@ class TestOnAsyncio:
                 await asyncio.wait([task])
                 await nobody_listens(broker, soon=True)
 
-    async def test_woken_in_order(self, new: Open) -> None:
+    async def test_woken_in_order(self, new: NewBroker) -> None:
         order: list[int] = []
 
         async def listen(number: int, events: Subscription) -> None:

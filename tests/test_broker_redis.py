@@ -25,7 +25,7 @@ from fastapi_cancel.broker.redis import RedisBroker
 from fastapi_cancel.testing.live import free_port
 
 from .conftest import DEADLINE
-from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+from .redis_server import RedisServer, servers_of
 
 on_asyncio = pytest.mark.anyio
 SECRET = "hunter2"
@@ -200,7 +200,7 @@ async def test_too_old(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatc
 
 
 @on_asyncio
-async def test_a_cluster_is_told() -> None:
+async def test_a_cluster_is_told(store: None) -> None:
     with RedisServer("--cluster-enabled yes") as server:
         with pytest.raises(BrokerUnavailable, match="Redis Cluster is not supported"):
             await open_at(server).open()
@@ -220,23 +220,22 @@ async def test_a_sentinel_is_told(redis_server: RedisServer, monkeypatch: pytest
 
 
 @on_asyncio
-async def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_passwords_are_not_told(own_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    with RedisServer() as server:
-        server.client().config_set("requirepass", SECRET)
-        with pytest.raises(BrokerUnavailable) as caught:
-            await connect(server.url.replace("//", f"//:{SECRET}wrong@")).open()
-        assert SECRET not in "".join(traceback.format_exception(caught.value))
-        broker = RedisBroker(server.url.replace("//", f"//:{SECRET}@"))
-        async with broker, broker.subscribe("news") as events:
-            await broker.publish("news", "x")
-            assert data(await take(events, 1)) == ["x"]
-            server.kill()
-            error = await publish_until_it_fails(broker)
-            await until(lambda: "away" in caplog.text)
-        assert SECRET not in "".join(traceback.format_exception(error))
+    own_redis.client().config_set("requirepass", SECRET)
+    with pytest.raises(BrokerUnavailable) as caught:
+        await connect(own_redis.url.replace("//", f"//:{SECRET}wrong@")).open()
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    broker = RedisBroker(own_redis.url.replace("//", f"//:{SECRET}@"))
+    async with broker, broker.subscribe("news") as events:
+        await broker.publish("news", "x")
+        assert data(await take(events, 1)) == ["x"]
+        own_redis.kill()
+        error = await publish_until_it_fails(broker)
+        await until(lambda: "away" in caplog.text)
+    assert SECRET not in "".join(traceback.format_exception(error))
     assert SECRET not in caplog.text
-    assert f"redis://127.0.0.1:{server.port}" in caplog.text
+    assert f"redis://127.0.0.1:{own_redis.port}" in caplog.text
 
 
 @pytest.fixture
@@ -254,7 +253,7 @@ def certificate(tmp_path: Any) -> str:
 async def test_tls(certificate: str) -> None:
     port = free_port()
     files = f"--tls-cert-file {certificate}/cert --tls-key-file {certificate}/key --tls-auth-clients no"
-    with RedisServer(f"--tls-port {port} {files}"):
+    with servers_of("redis"), RedisServer(f"--tls-port {port} {files}"):  # not every Valkey is built with TLS
         broker = connect(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}/cert")
         async with broker, broker.subscribe("news") as events:
             await broker.publish("news", "x")
@@ -267,116 +266,110 @@ async def test_tls(certificate: str) -> None:
 
 
 @on_asyncio
-async def test_subscribers_wait_and_then_fail() -> None:
-    with RedisServer() as server:
-        async with open_at(server, patience=0.3) as broker:
-            async with broker.subscribe("news") as events:
-                server.kill()
-                await publish_until_it_fails(broker)
-                with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
-                    await take(events, 1)
-            for after in (None, "1-1"):
-                with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
-                    async with broker.subscribe("news", after):
-                        pass
-            server.start()
-            await until(lambda: broker.failure is None)
-            async with broker.subscribe("news") as events:
-                await publish(broker, "again")
-                assert data(await take(events, 1)) == ["again"]
+async def test_subscribers_wait_and_then_fail(own_redis: RedisServer) -> None:
+    async with open_at(own_redis, patience=0.3) as broker:
+        async with broker.subscribe("news") as events:
+            own_redis.kill()
+            await publish_until_it_fails(broker)
+            with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
+                await take(events, 1)
+        for after in (None, "1-1"):
+            with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
+                async with broker.subscribe("news", after):
+                    pass
+        own_redis.start()
+        await until(lambda: broker.failure is None)
+        async with broker.subscribe("news") as events:
+            await publish(broker, "again")
+            assert data(await take(events, 1)) == ["again"]
 
 
 @on_asyncio
-async def test_closed_while_redis_is_away() -> None:
-    with RedisServer() as server:
-        broker = open_at(server)
-        async with anyio.create_task_group() as group:
-            async with broker:
+async def test_closed_while_redis_is_away(own_redis: RedisServer) -> None:
+    broker = open_at(own_redis)
+    async with anyio.create_task_group() as group:
+        async with broker:
 
-                async def listen(*after: str) -> None:
-                    with pytest.raises(BrokerUnavailable, match="closed"):
-                        async with broker.subscribe("news", *after) as events:
-                            await anext(events)
+            async def listen(*after: str) -> None:
+                with pytest.raises(BrokerUnavailable, match="closed"):
+                    async with broker.subscribe("news", *after) as events:
+                        await anext(events)
 
-                async with broker.subscribe("news"):
-                    server.kill()
-                    group.start_soon(listen)
-                    group.start_soon(listen, "1-1")
-                    await until(lambda: broker._losing is not None)
+            async with broker.subscribe("news"):
+                own_redis.kill()
+                group.start_soon(listen)
+                group.start_soon(listen, "1-1")
+                await until(lambda: broker._losing is not None)
 
 
 @on_asyncio
 @pytest.mark.parametrize("patience", [30, None])
-async def test_nothing_that_redis_kept_is_lost(patience: float | None) -> None:
+async def test_nothing_that_redis_kept_is_lost(persistent_redis: RedisServer, patience: float | None) -> None:
     """kill -9 and a restart, with persistence: no gap, for those who wait and for those who come back."""
-    with RedisServer("--appendonly yes") as server:
-        async with open_at(server, patience=patience) as here, open_at(server) as there:
-            async with here.subscribe("news") as waiting, here.subscribe("news") as slow:
-                ids = [await there.publish("news", number) for number in range(5)]
-                assert data(await take(waiting, 5)) == [*"01234"]
-                await restart(server)
-                for number in range(5, 8):
-                    await publish(there, number)
-                assert data(await take(waiting, 3)) == [*"567"]
-                assert data(await take(slow, 8)) == [*"01234567"]
-                async with there.subscribe("news", ids[1]) as back:
-                    assert data(await take(back, 6)) == [*"234567"]
-                assert waiting.position > ids[-1]
+    async with open_at(persistent_redis, patience=patience) as here, open_at(persistent_redis) as there:
+        async with here.subscribe("news") as waiting, here.subscribe("news") as slow:
+            ids = [await there.publish("news", number) for number in range(5)]
+            assert data(await take(waiting, 5)) == [*"01234"]
+            await restart(persistent_redis)
+            for number in range(5, 8):
+                await publish(there, number)
+            assert data(await take(waiting, 3)) == [*"567"]
+            assert data(await take(slow, 8)) == [*"01234567"]
+            async with there.subscribe("news", ids[1]) as back:
+                assert data(await take(back, 6)) == [*"234567"]
+            assert waiting.position > ids[-1]
 
 
 @on_asyncio
-async def test_a_restart_without_persistence_is_a_gap() -> None:
-    with RedisServer() as server:
-        async with open_at(server) as here, open_at(server) as there:
-            async with here.subscribe("news") as waiting:
-                id = await there.publish("news", "seen")
-                assert data(await take(waiting, 1)) == ["seen"]
-                await restart(server)
-                (gap,) = await take(waiting, 1)
+async def test_a_restart_without_persistence_is_a_gap(own_redis: RedisServer) -> None:
+    async with open_at(own_redis) as here, open_at(own_redis) as there:
+        async with here.subscribe("news") as waiting:
+            id = await there.publish("news", "seen")
+            assert data(await take(waiting, 1)) == ["seen"]
+            await restart(own_redis)
+            (gap,) = await take(waiting, 1)
+            assert isinstance(gap, Gap)
+            assert gap.missed is None
+            await publish(there, "new")
+            assert data(await take(waiting, 1)) == ["new"]
+            async with there.subscribe("news", id) as back:
+                gap, new = await take(back, 2)
                 assert isinstance(gap, Gap)
-                assert gap.missed is None
-                await publish(there, "new")
-                assert data(await take(waiting, 1)) == ["new"]
-                async with there.subscribe("news", id) as back:
-                    gap, new = await take(back, 2)
-                    assert isinstance(gap, Gap)
-                    assert new.data == "new"
+                assert new.data == "new"
 
 
 @on_asyncio
-async def test_what_a_snapshot_does_not_have_is_a_gap() -> None:
+async def test_what_a_snapshot_does_not_have_is_a_gap(own_redis: RedisServer) -> None:
     """Redis comes back as it was, and must not give the same ids again: what has them would be dropped as old."""
-    with RedisServer() as server:
-        async with open_at(server) as here, open_at(server) as there:
-            async with here.subscribe("news") as waiting:
-                ids = [await there.publish("news", number) for number in range(2)]
-                server.client().save()
-                ids += [await there.publish("news", number) for number in range(2, 4)]
-                assert data(await take(waiting, 4)) == [*"0123"]
-                await restart(server)
-                ids += [await publish(there, number) for number in range(4, 8)]
-                assert len(set(ids)) == 8
-                gap, *rest = await take(waiting, 5)
+    async with open_at(own_redis) as here, open_at(own_redis) as there:
+        async with here.subscribe("news") as waiting:
+            ids = [await there.publish("news", number) for number in range(2)]
+            own_redis.client().save()
+            ids += [await there.publish("news", number) for number in range(2, 4)]
+            assert data(await take(waiting, 4)) == [*"0123"]
+            await restart(own_redis)
+            ids += [await publish(there, number) for number in range(4, 8)]
+            assert len(set(ids)) == 8
+            gap, *rest = await take(waiting, 5)
+            assert isinstance(gap, Gap)
+            assert data(rest) == [*"4567"]
+            async with there.subscribe("news", ids[3]) as back:
+                gap, *rest = await take(back, 5)
                 assert isinstance(gap, Gap)
                 assert data(rest) == [*"4567"]
-                async with there.subscribe("news", ids[3]) as back:
-                    gap, *rest = await take(back, 5)
-                    assert isinstance(gap, Gap)
-                    assert data(rest) == [*"4567"]
-                async with there.subscribe("news", ids[1]) as back:  # which has seen all that the snapshot has
-                    assert data(await take(back, 4)) == [*"4567"]
+            async with there.subscribe("news", ids[1]) as back:  # which has seen all that the snapshot has
+                assert data(await take(back, 4)) == [*"4567"]
 
 
 @on_asyncio
-async def test_what_a_snapshot_does_not_have_is_told_before_anything_new_comes() -> None:
-    with RedisServer() as server:
-        async with open_at(server) as here:
-            await here.publish("news", "saved")
-            server.client().save()
-            id = await here.publish("news", "lost")
-            await restart(server)
-            async with here.subscribe("news", id) as back:
-                assert isinstance((await take(back, 1))[0], Gap)
+async def test_what_a_snapshot_does_not_have_is_told_before_anything_new_comes(own_redis: RedisServer) -> None:
+    async with open_at(own_redis) as here:
+        await here.publish("news", "saved")
+        own_redis.client().save()
+        id = await here.publish("news", "lost")
+        await restart(own_redis)
+        async with here.subscribe("news", id) as back:
+            assert isinstance((await take(back, 1))[0], Gap)
 
 
 @on_asyncio
@@ -392,12 +385,12 @@ async def test_flushed_is_a_gap(redis_server: RedisServer) -> None:
 
 
 @on_asyncio
-async def test_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pause(own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis says nothing for longer than we wait: publishing fails, listening goes on without loss."""
     monkeypatch.setattr(_link, "QUIET", 0.1)
     monkeypatch.setattr(_link, "COMMAND", 0.1)
-    with RedisServer() as server, server.client() as outside:
-        async with open_at(server) as broker, broker.subscribe("news") as events:
+    with own_redis.client() as outside:
+        async with open_at(own_redis) as broker, broker.subscribe("news") as events:
             first = await broker.publish("news", 0)
             outside.client_pause(1_000)
             with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):

@@ -21,7 +21,7 @@ from fastapi_cancel import CancellableRoute, testing
 from fastapi_cancel.testing import Chaos, LeavingClient, Patience, Visit, after_event, at_wait, chaos
 
 from .faulty_app import Shop, service
-from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+from .redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])

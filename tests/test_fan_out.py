@@ -18,7 +18,7 @@ from fastapi_cancel.broker import connect
 from fastapi_cancel.testing.live import LiveServer
 
 from .crowd import many_files
-from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+from .redis_server import RedisServer
 
 CLIENTS = 1000
 EVENTS = 200

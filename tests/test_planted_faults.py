@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse, SSEResponse
 from fastapi_cancel.testing import Fault, LeavingClient, Moment, Patience, Visit, after_body, after_chunks, at_wait
 
-from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+from .redis_server import RedisServer
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])

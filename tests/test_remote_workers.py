@@ -15,7 +15,7 @@ import pytest
 from fastapi_cancel.testing import LiveServer, RawClient
 
 from .conftest import DEADLINE
-from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+from .redis_server import RedisServer
 from .remote_app import LEASE
 
 RUNS = 1000

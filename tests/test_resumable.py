@@ -29,9 +29,8 @@ from fastapi_cancel import (
 from fastapi_cancel.broker import streams as broker_streams
 from fastapi_cancel.testing import EventReader, LeavingClient, Patience, Visit
 
-from .brokers import NewBroker, a_kind, its_backend, new_brokers  # noqa: F401 (fixtures)
+from .brokers import NewBroker, a_kind, its_backend, its_store, new_brokers  # noqa: F401 (fixtures)
 from .conftest import DEADLINE
-from .redis_server import a_redis_server  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.anyio
 

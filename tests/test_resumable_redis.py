@@ -3,7 +3,6 @@ real Redis."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -23,18 +22,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def persistent() -> Iterator[RedisServer]:
-    with RedisServer("--appendonly yes") as server:
-        yield server
-
-
 def new(server: RedisServer) -> Any:
     return lambda **options: connect(server.url, **options)
 
@@ -44,34 +31,34 @@ def quiet(*workers: Worker) -> None:
         worker.client.log_level = 100
 
 
-async def test_redis_begins_again_with_its_data(persistent: RedisServer) -> None:
+async def test_redis_begins_again_with_its_data(persistent_redis: RedisServer) -> None:
     """The stream goes on, without loss or duplicate."""
     work = Work(allowed=3)
-    async with working(new(persistent), work) as (here, there):
+    async with working(new(persistent_redis), work) as (here, there):
         quiet(here, there)
         async with here.reading() as one, there.reading("/resume") as two:
             await one.has(3)
             await two.has(3)
-            persistent.kill()
+            persistent_redis.kill()
             work.last = 9
             work.allow(9)
             await anyio.sleep(0.3)
-            assert persistent.start()
+            assert persistent_redis.start()
             await until(lambda: one.visit.over and two.visit.over)
         assert one.data == two.data == numbers(1, 9)
         assert work.ended == 1
 
 
-async def test_redis_begins_again_without_its_data(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_redis_begins_again_without_its_data(own_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """The readers are told, the work ends, and a new one can begin."""
     work = Work(allowed=3)
-    async with working(new(server), work) as (here, there):
+    async with working(new(own_redis), work) as (here, there):
         quiet(here, there)
         async with here.reading() as one, there.reading("/resume") as two:
             await one.has(3)
             await two.has(3)
-            server.kill()
-            assert server.start()
+            own_redis.kill()
+            assert own_redis.start()
             await until(lambda: one.visit.over and two.visit.over and work.ended)
         assert one.data == two.data == [*numbers(1, 3), ended("lost")]
         here.make = Work(allowed=2, last=2).response
@@ -79,15 +66,15 @@ async def test_redis_begins_again_without_its_data(server: RedisServer, caplog: 
     assert "stream k has ended, and cannot say so: another run has taken the stream" in caplog.text
 
 
-async def test_redis_pauses(server: RedisServer) -> None:
+async def test_redis_pauses(own_redis: RedisServer) -> None:
     """Longer than a lease: nobody takes anybody for dead."""
     work = Work(allowed=3)
-    async with working(new(server), work, lease=0.6, linger=0) as (here, there):
+    async with working(new(own_redis), work, lease=0.6, linger=0) as (here, there):
         quiet(here, there)
         async with here.reading() as one, there.reading("/resume") as two:
             await one.has(3)
             await two.has(3)
-            with server.client() as outside:
+            with own_redis.client() as outside:
                 outside.client_pause(2000)
             work.allow(6)
             await one.has(6)
@@ -98,14 +85,14 @@ async def test_redis_pauses(server: RedisServer) -> None:
         assert one.data == two.data == numbers(1, 9)
 
 
-async def test_redis_stays_away(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_redis_stays_away(own_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """Readers and work have their patience, then they end."""
     work = Work(allowed=3)
-    async with working(new(server), work, brokers={"patience": 0.2}, patience=0.2) as (here, there):
+    async with working(new(own_redis), work, brokers={"patience": 0.2}, patience=0.2) as (here, there):
         quiet(here, there)
         async with here.reading() as one:
             await one.has(3)
-            server.kill()
+            own_redis.kill()
             work.allow(5)
             await until(lambda: one.visit.over and not here.streams._producers)
         assert one.data == [*numbers(1, 3), ended("unavailable")]
@@ -118,15 +105,15 @@ async def test_redis_stays_away(server: RedisServer, caplog: pytest.LogCaptureFi
     assert "stream k has ended, and cannot say so" in caplog.text
 
 
-async def test_shutdown_while_redis_is_away(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_shutdown_while_redis_is_away(own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not kept waiting for the patience of a stream."""
     monkeypatch.setattr(module, "FINISHING", 0.1)
     work = Work(allowed=3)
-    async with working(new(server), work) as (here, _):
+    async with working(new(own_redis), work) as (here, _):
         quiet(here)
         async with here.reading() as one:
             await one.has(3)
-        server.kill()
+        own_redis.kill()
     assert work.cleaned == 1
 
 
@@ -142,10 +129,10 @@ def silence(worker: Worker, *names: str) -> Any:
     return patch.undo
 
 
-async def test_a_silent_producer(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_silent_producer(own_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """Its readers are told, another one can begin, and it cannot append any more."""
     work = Work(allowed=3)
-    async with working(new(server), work, lease=0.3) as (here, there):
+    async with working(new(own_redis), work, lease=0.3) as (here, there):
         quiet(here, there)
         async with there.reading() as other:
             await other.has(3)
@@ -163,22 +150,22 @@ async def test_a_silent_producer(server: RedisServer, caplog: pytest.LogCaptureF
             assert next_one.data == numbers(1, 2)
 
 
-async def test_a_stream_that_was_lost_while_its_work_waits(server: RedisServer) -> None:
+async def test_a_stream_that_was_lost_while_its_work_waits(own_redis: RedisServer) -> None:
     work = Work(allowed=3)
-    async with working(new(server), work, lease=0.3) as (here, _):
+    async with working(new(own_redis), work, lease=0.3) as (here, _):
         quiet(here)
         async with here.reading() as reading:
             await reading.has(3)
-            with server.client() as outside:
+            with own_redis.client() as outside:
                 outside.flushall()
             await until(lambda: work.ended and reading.visit.over)
         assert reading.data == [*numbers(1, 3), ended("lost")]
 
 
-async def test_silent_readers(server: RedisServer) -> None:
+async def test_silent_readers(own_redis: RedisServer) -> None:
     """Their lease runs out, then the work ends."""
     work = Work(allowed=3)
-    async with working(new(server), work, lease=0.3, linger=0) as (here, there):
+    async with working(new(own_redis), work, lease=0.3, linger=0) as (here, there):
         quiet(here, there)
         async with there.reading() as reading:
             await reading.has(3)
@@ -186,9 +173,9 @@ async def test_silent_readers(server: RedisServer) -> None:
             await until(lambda: work.ended)
 
 
-async def test_the_answer_to_an_append_is_lost(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_answer_to_an_append_is_lost(own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(allowed=5, last=5)
-    async with working(new(server), work) as (here, _):
+    async with working(new(own_redis), work) as (here, _):
         quiet(here)
         streams = here.streams.broker.streams
         lost = {"produce": 0, "finish": 0}
@@ -208,10 +195,10 @@ async def test_the_answer_to_an_append_is_lost(server: RedisServer, monkeypatch:
         assert lost == {"produce": 10, "finish": 2}
 
 
-async def test_a_stop_while_an_append_is_under_way(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_while_an_append_is_under_way(own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody knows whether it is there. The last words come behind it in any case."""
     work = Work(allowed=2)
-    async with working(new(server), work) as (here, there):
+    async with working(new(own_redis), work) as (here, there):
         quiet(here)
         here.make = lambda: work.response(farewell="bye")
         async with here.reading() as reading:
@@ -233,10 +220,10 @@ async def test_a_stop_while_an_append_is_under_way(server: RedisServer, monkeypa
 
 
 async def test_readers_that_depart_while_they_are_said_to_read(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = Work(allowed=1)
-    async with working(new(server), work, lease=0.3, linger=0) as (here, _):
+    async with working(new(own_redis), work, lease=0.3, linger=0) as (here, _):
         async with here.reading() as reading, here.reading("/resume") as other:
             await reading.has(1)
             await other.has(1)
@@ -254,14 +241,14 @@ async def test_readers_that_depart_while_they_are_said_to_read(
         await until(lambda: work.ended)
 
 
-async def test_news_of_a_run_that_has_ended(server: RedisServer) -> None:
-    async with connect(server.url) as broker:
+async def test_news_of_a_run_that_has_ended(own_redis: RedisServer) -> None:
+    async with connect(own_redis.url) as broker:
         broker.streams._hear(b'{"run": "unknown", "at": 5}')  # type: ignore[attr-defined]
 
 
-async def test_a_broker_that_is_closed_too_early(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_broker_that_is_closed_too_early(own_redis: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     work = Work(allowed=1)
-    async with working(new(server), work) as (here, _):
+    async with working(new(own_redis), work) as (here, _):
         response = await here.streams.start("k", work.response())
         assert isinstance(response, SSEResponse)
         await until(lambda: work.made)

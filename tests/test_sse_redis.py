@@ -12,7 +12,7 @@ from fastapi_cancel.testing.live import LiveServer
 from fastapi_cancel.testing.sockets import RawClient
 
 from .conftest import DEADLINE, fresh
-from .redis_server import RedisServer, a_redis_server  # noqa: F401 (a fixture)
+from .redis_server import RedisServer
 
 DROPS = 200
 

@@ -101,7 +101,8 @@ class Link:
         except AWAY as exc:
             await self._disconnect()
             raise BrokerUnavailable(f"{self.name}: {exc or type(exc).__name__}") from exc
-        if fault := _unfit(str(info["redis_version"]), str(info.get("redis_mode", "standalone"))):
+        mode = info.get("redis_mode") or info.get("server_mode")  # Redis, Valkey
+        if fault := _unfit(str(info["redis_version"]), mode):
             await self._disconnect()
             raise BrokerUnavailable(f"{self.name}: {fault}")
         self._listener = loop.create_task(self._listen(), name="fastapi_cancel Redis listener")
@@ -268,7 +269,7 @@ async def end(task: asyncio.Task[None]) -> None:
         await asyncio.wait([task], timeout=0.1)
 
 
-def _unfit(version: str, mode: str) -> str | None:
+def _unfit(version: str, mode: str | None) -> str | None:
     """Why we cannot work with such a server."""
     if mode == "sentinel":
         return "this is a sentinel: give the URL of what it watches (see docs/redis.md)"
