@@ -454,7 +454,7 @@ async def nobody_listens(broker: Broker, soon: bool = False) -> None:
         assert not broker._readers
         return
     inside: Any = broker
-    topic, client = inside._topic("news"), inside._link._commands
+    topic, client = inside._names.topic("news"), inside._link._commands
     with anyio.fail_after(DEADLINE):
         while soon and (inside._channels or (await client.pubsub_numsub(topic))[0][1]):
             await anyio.sleep(0.001)

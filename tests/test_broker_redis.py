@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import anyio
@@ -86,7 +87,7 @@ async def publish(broker: RedisBroker, item: object) -> str:
 def test_settings_in_the_url() -> None:
     broker = connect("redis://localhost/3?retain=5&max_age=2.5&prefix=p&connections=2&patience=none&client_name=me")
     assert isinstance(broker, RedisBroker)
-    assert (broker.retain, broker.max_age, broker._prefix, broker._patience) == (5, 2.5, "p", None)
+    assert (broker.retain, broker.max_age, broker._names.log("x"), broker._patience) == (5, 2.5, "plog:x", None)
     pool = broker._link._commands.connection_pool
     assert (pool.max_connections, pool.connection_kwargs["db"], pool.connection_kwargs["client_name"]) == (2, 3, "me")
 
@@ -481,7 +482,7 @@ async def test_who_could_not_listen_is_not_slow(redis_server: RedisServer, monke
 async def test_an_id_of_which_this_worker_has_not_heard_yet(redis_server: RedisServer) -> None:
     async with open_at(redis_server, prefix="ahead:") as here, open_at(redis_server, prefix="ahead:") as there:
         async with there.subscribe("news"):
-            topic = there._topic("news")
+            topic = there._names.topic("news")
             hear, there._link._wanted[topic] = (
                 there._link._wanted[topic],
                 lambda message: None,
@@ -640,6 +641,27 @@ def test_opened_again_in_another_event_loop(redis_server: RedisServer) -> None:
 
     for text in ("first", "second"):
         asyncio.run(use(text))
+
+
+@on_asyncio
+async def test_cancelled_while_it_opens(own_redis: RedisServer) -> None:
+    """Whenever: no connection is left, and no task."""
+    await anyio.sleep(0)
+    tasks = len(asyncio.all_tasks())
+    with own_redis.client() as outside:
+        for turns in count():
+            broker = open_at(own_redis)
+            opening = asyncio.get_running_loop().create_task(broker.open())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            in_time = opening.cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled():  # redis-py can lose it
+                await broker.aclose()
+            assert len(asyncio.all_tasks()) == tasks
+            await until(lambda: len(outside.client_list()) == 1)
+            if not in_time:
+                return
 
 
 @on_asyncio

@@ -87,25 +87,18 @@ class Link:
         self._listener: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Connect.
+        """Connect. If that fails, it is to be closed all the same.
 
         :raises BrokerUnavailable: Redis does not answer, refuses us, is too old, or a cluster or a sentinel
-        :raises RuntimeError: it is not asyncio that runs here
         """
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise RuntimeError("a broker in Redis needs asyncio: redis-py does not work on Trio") from None
         try:
             info: Mapping[str, Any] = await self._commands.info("server")
         except AWAY as exc:
-            await self._disconnect()
             raise BrokerUnavailable(f"{self.name}: {exc or type(exc).__name__}") from exc
         mode = info.get("redis_mode") or info.get("server_mode")  # Redis, Valkey
         if fault := _unfit(str(info["redis_version"]), mode):
-            await self._disconnect()
             raise BrokerUnavailable(f"{self.name}: {fault}")
-        self._listener = loop.create_task(self._listen(), name="fastapi_cancel Redis listener")
+        self._listener = asyncio.get_running_loop().create_task(self._listen(), name="fastapi_cancel Redis listener")
 
     async def aclose(self) -> None:
         """Disconnect."""
@@ -114,9 +107,6 @@ class Link:
             self._listener = None
         while self._tasks:
             await asyncio.wait(self._tasks)  # each has its time limit
-        await self._disconnect()
-
-    async def _disconnect(self) -> None:
         await self._commands.aclose()
         await self._commands.connection_pool.disconnect()
         await self._listening.aclose()

@@ -15,6 +15,7 @@ from contextlib import suppress
 import anyio
 
 from ._link import Link, end
+from ._names import Names, milliseconds
 from ._scripts import ENTER, LEAVE, STOP
 from .base import BrokerUnavailable
 from .runs import EARLY_AT_MOST, Running, Runs
@@ -27,12 +28,11 @@ AT_ONCE = 500  # runs that enter again in one exchange
 class RedisRuns(Runs):
     """Those of all processes with the same Redis and prefix."""
 
-    def __init__(self, link: Link, prefix: str) -> None:
+    def __init__(self, link: Link, names: Names) -> None:
         self._link = link
         self._worker = secrets.token_hex(8)
-        self._topics = f"{prefix}worker:"
-        self.topic = self._topics + self._worker
-        self._prefix = f"{prefix}runs:"
+        self._names = names
+        self.topic = names.worker(self._worker)
         self._runs: dict[str, Running] = {}
         self._again = anyio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -60,8 +60,8 @@ class RedisRuns(Runs):
             await self._leave([this])
 
     async def stop(self, key: str, run: str | None, reason: str, early: float) -> int:
-        arguments = [run or "", reason, int(early * 1000), self._topics]
-        (count,) = await self._link.run(STOP, ([self._prefix + key], arguments))
+        arguments = [run or "", reason, milliseconds(early), self._names.worker("")]
+        (count,) = await self._link.run(STOP, ([self._names.runs(key)], arguments))
         return int(count)
 
     def enter_again(self) -> None:
@@ -79,8 +79,8 @@ class RedisRuns(Runs):
                     await self._enter(runs[start : start + AT_ONCE])
 
     async def _enter(self, runs: list[Running]) -> None:
-        lease = int(LEASE * 1000)
-        calls = [([self._prefix + each.key], [each.token, each.run, self._worker, lease]) for each in runs]
+        lease = milliseconds(LEASE)
+        calls = [([self._names.runs(each.key)], [each.token, each.run, self._worker, lease]) for each in runs]
         for each, reason in zip(runs, await self._link.run(ENTER, *calls), strict=True):
             if reason is not None:
                 each.tell(reason.decode())
@@ -88,7 +88,7 @@ class RedisRuns(Runs):
             await self._leave(gone)
 
     async def _leave(self, runs: list[Running]) -> None:
-        calls = [([self._prefix + each.key], [each.token, int(EARLY_AT_MOST * 1000)]) for each in runs]
+        calls = [([self._names.runs(each.key)], [each.token, milliseconds(EARLY_AT_MOST)]) for each in runs]
         await self._link.run(LEAVE, *calls)
 
     def _hear(self, message: bytes) -> None:

@@ -7,8 +7,9 @@ import secrets
 from typing import Any, cast
 
 from ._link import Link
+from ._names import Names, milliseconds
 from ._scripts import ATTEND, CLAIM, DEPART, FIND, FINISH, PRODUCE, RENEW
-from .streams import Fate, Found, News, Streams, ending
+from .streams import Fate, Found, Streams, ending
 
 
 class RedisStreams(Streams):
@@ -18,20 +19,20 @@ class RedisStreams(Streams):
     :param max_age: seconds that an event, and a stream that nobody hears of, are kept
     """
 
-    def __init__(self, link: Link, prefix: str, retain: int, max_age: float) -> None:
+    def __init__(self, link: Link, names: Names, retain: int, max_age: float) -> None:
+        super().__init__()
         self._link = link
-        self._prefix = prefix
+        self._names = names
         self._retain = retain
-        self._max_age = _milliseconds(max_age)
-        self._topics = f"{prefix}producer:"
+        self._max_age = milliseconds(max_age)
+        self._topics = names.producer("")
         self._worker = secrets.token_hex(8)
-        self._news: dict[str, News] = {}
 
     async def open(self) -> None:
         await self._link.join(self._topics + self._worker, self._hear)
 
     async def claim(self, key: str, run: str, lease: float, replace: bool) -> tuple[Found, str | None]:
-        arguments = [run, self._worker, _milliseconds(lease), int(replace), self._max_age]
+        arguments = [run, self._worker, milliseconds(lease), int(replace), self._max_age]
         live, epoch, before = await self._run(CLAIM, key, *arguments)
         return Found(live.decode(), int(epoch)), before.decode() if before is not None else None
 
@@ -45,42 +46,31 @@ class RedisStreams(Streams):
         return bool(await self._run(PRODUCE, key, run, number, wire, *self._log(key)))
 
     async def renew(self, key: str, run: str, lease: float) -> tuple[float | None, int] | None:
-        if (seen := await self._run(RENEW, key, run, _milliseconds(lease), self._max_age)) is None:
+        if (seen := await self._run(RENEW, key, run, milliseconds(lease), self._max_age)) is None:
             return None
         idle, at = seen
         return None if idle is None else idle / 1000, at
 
     async def finish(self, key: str, run: str, state: str, keep: float, *words: bytes) -> bool:
-        arguments = [run, state, _milliseconds(keep), *self._log(key), *words, ending(state)]
+        arguments = [run, state, milliseconds(keep), *self._log(key), *words, ending(state)]
         return bool(await self._run(FINISH, key, *arguments))
 
     async def attend(self, key: str, run: str, reader: str, at: int, lease: float) -> Fate:
-        fate = await self._run(ATTEND, key, run, reader, at, _milliseconds(lease), self._topics)
+        fate = await self._run(ATTEND, key, run, reader, at, milliseconds(lease), self._topics)
         return cast(Fate, fate.decode())
 
     async def depart(self, key: str, run: str, reader: str) -> None:
         await self._run(DEPART, key, run, reader, self._topics)
 
-    def heed(self, run: str, news: News | None) -> None:
-        if news is None:
-            self._news.pop(run, None)
-        else:
-            self._news[run] = news
-
     def _log(self, key: str) -> tuple[int, int, str]:
         """What there is to know for appending: how many to keep, for how long, whom to tell."""
-        return self._retain, self._max_age, f"{self._prefix}channel:{self.channel(key)}"
+        return self._retain, self._max_age, self._names.topic(self.channel(key))
 
     async def _run(self, script: str, key: str, *arguments: object) -> Any:
-        keys = [f"{self._prefix}stream:{{{key}}}", f"{self._prefix}log:{self.channel(key)}"]
+        keys = [self._names.stream(key), self._names.log(self.channel(key))]
         (answer,) = await self._link.run(script, (keys, arguments))
         return answer
 
     def _hear(self, message: bytes) -> None:
         told = json.loads(message)
-        if (news := self._news.get(told["run"])) is not None:
-            news(told["at"] if told["at"] >= 0 else None)
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
+        self._tell(told["run"], told["at"] if told["at"] >= 0 else None)

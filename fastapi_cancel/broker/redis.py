@@ -30,6 +30,7 @@ import anyio
 
 from ..policy import check_seconds
 from ._link import Link, Result, end
+from ._names import Names, milliseconds
 from ._redis_runs import RedisRuns
 from ._redis_streams import RedisStreams
 from ._scripts import LOOK, PUBLISH, READ
@@ -133,17 +134,17 @@ class RedisBroker(Broker):
         check_seconds("patience", patience, zero=True, none=True)
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a str, not {prefix!r}")
-        self.milliseconds = int(max_age * 1000)
+        self.milliseconds = milliseconds(max_age)
         self._connect = partial(Link, url, connections, self._joined, self._changed)
-        self._prefix = prefix
+        self._names = Names(prefix)
         self._patience = patience
         self._begin()
 
     def _begin(self) -> None:
         """What belongs to one event loop: tests open an application's broker in many, one after the other."""
         self._link = self._connect()
-        self.runs = self._runs = RedisRuns(self._link, self._prefix)
-        self.streams = self._streams = RedisStreams(self._link, self._prefix, self.retain, self.max_age)
+        self.runs = self._runs = RedisRuns(self._link, self._names)
+        self.streams = self._streams = RedisStreams(self._link, self._names, self.retain, self.max_age)
         self._channels: dict[str, _Channel] = {}
         self._to_look: set[str] = set()
         self._work = asyncio.Event()
@@ -154,11 +155,20 @@ class RedisBroker(Broker):
     async def open(self) -> None:
         if self._looker is not None:
             raise RuntimeError("the broker is open already")
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise RuntimeError("a broker in Redis needs asyncio: redis-py does not work on Trio") from None
         self._begin()
-        await self._link.open()
-        await self._runs.open()
-        await self._streams.open()
-        self._looker = asyncio.get_running_loop().create_task(self._look(), name="fastapi_cancel Redis looker")
+        try:
+            await self._link.open()
+            await self._runs.open()
+            await self._streams.open()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.aclose()
+            raise
+        self._looker = loop.create_task(self._look(), name="fastapi_cancel Redis looker")
 
     async def aclose(self) -> None:
         if self._looker is not None:
@@ -172,11 +182,11 @@ class RedisBroker(Broker):
     # -- publishing --------------------------------------------------------------------------
 
     async def _publish(self, channel: str, wire: bytes) -> Place:
-        id = await self.ask(PUBLISH, channel, wire, self.retain, self.milliseconds, self._topic(channel))
+        id = await self.ask(PUBLISH, channel, wire, self.retain, self.milliseconds, self._names.topic(channel))
         return _place(id)
 
     async def ask(self, script: str, channel: str, *arguments: object) -> Any:
-        (answer,) = await self._link.run(script, ([self._key(channel)], arguments))
+        (answer,) = await self._link.run(script, ([self._names.log(channel)], arguments))
         return answer
 
     def begin(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
@@ -202,12 +212,6 @@ class RedisBroker(Broker):
         except TimeoutError:
             raise BrokerUnavailable(f"{self._link.name}: no answer") from None
 
-    def _key(self, channel: str) -> str:
-        return f"{self._prefix}log:{channel}"
-
-    def _topic(self, channel: str) -> str:
-        return f"{self._prefix}channel:{channel}"
-
     # -- subscribing -------------------------------------------------------------------------
 
     @asynccontextmanager
@@ -221,7 +225,7 @@ class RedisBroker(Broker):
             async with here.lock:
                 if not here.joined:
                     here.joined = True
-                    await self._link.join(self._topic(channel), here.hear)
+                    await self._link.join(self._names.topic(channel), here.hear)
             log = await here.ready()
             log.forget_old()
             yield Subscription(log, here, Place.parse(after) if after is not None else log.place, lag, slow)
@@ -240,7 +244,7 @@ class RedisBroker(Broker):
             if here.joined and not here.readers:
                 here.joined = False
                 here.forget()
-                await self._link.leave(self._topic(channel))
+                await self._link.leave(self._names.topic(channel))
         if not here.readers and self._channels.get(channel) is here:
             del self._channels[channel]
 
@@ -249,8 +253,8 @@ class RedisBroker(Broker):
     def _joined(self, topic: str) -> None:
         if topic == self._runs.topic:
             self._runs.enter_again()
-        elif topic.startswith(self._topic("")):
-            self._remember(topic.removeprefix(self._topic("")))
+        elif topic.startswith(self._names.topic("")):
+            self._remember(topic.removeprefix(self._names.topic("")))
 
     def _remember(self, channel: str) -> None:
         self._to_look.add(channel)
@@ -279,7 +283,7 @@ class RedisBroker(Broker):
     async def _look_at(self, channels: dict[str, _Channel]) -> None:
         logs = {name: (here.log, here.log.place) for name, here in channels.items() if here.joined}
         if logs:
-            ids = await self._link.run(LOOK, *[([self._key(name)], [self.milliseconds]) for name in logs])
+            ids = await self._link.run(LOOK, *[([self._names.log(name)], [self.milliseconds]) for name in logs])
             for (log, known), id in zip(logs.values(), ids, strict=True):
                 before = log.place
                 log.move_to(_place(id), known)

@@ -42,6 +42,9 @@ class Found(NamedTuple):
 class Streams(ABC):
     """The streams of a broker. Times are seconds."""
 
+    def __init__(self) -> None:
+        self._news: dict[str, News] = {}
+
     @staticmethod
     def channel(key: str) -> str:
         """Where the events of a stream are published. The braces keep it on one node of a Redis Cluster."""
@@ -79,9 +82,16 @@ class Streams(ABC):
     @abstractmethod
     async def depart(self, key: str, run: str, reader: str) -> None: ...
 
-    @abstractmethod
     def heed(self, run: str, news: News | None) -> None:
         """Have ``news`` told of the readers of a run that is produced in this process; ``None``: no longer."""
+        if news is None:
+            self._news.pop(run, None)
+        else:
+            self._news[run] = news
+
+    def _tell(self, run: str, at: int | None) -> None:
+        if (news := self._news.get(run)) is not None:
+            news(at)
 
 
 def ending(state: str) -> bytes:
@@ -114,11 +124,11 @@ class MemoryStreams(Streams):
     def __init__(
         self, log: Callable[[str], Log], begin_anew: Callable[[str], Log], forget: Callable[[str], object]
     ) -> None:
+        super().__init__()
         self._log = log
         self._begin_anew = begin_anew
         self._forget = forget
         self._records: dict[str, _Record] = {}
-        self._news: dict[str, News] = {}
         self._claims = 0
 
     async def claim(self, key: str, run: str, lease: float, replace: bool) -> tuple[Found, str | None]:
@@ -179,19 +189,9 @@ class MemoryStreams(Streams):
             record.idle = monotonic()
             self._tell(run, None)
 
-    def heed(self, run: str, news: News | None) -> None:
-        if news is None:
-            self._news.pop(run, None)
-        else:
-            self._news[run] = news
-
     def _append(self, record: _Record, key: str, number: int, wire: bytes) -> None:
         place = Place(record.found.epoch, number)
         self._log(self.channel(key)).append(place, Event(str(place), wire))
-
-    def _tell(self, run: str, at: int | None) -> None:
-        if (news := self._news.get(run)) is not None:
-            news(at)
 
     def _record(self, key: str, run: str | None = None) -> _Record | None:
         """The record of a key, if it is that of this run, and not to be forgotten by now."""
