@@ -96,6 +96,29 @@ async def test_an_error_that_reached_the_server(file: Path) -> None:
     assert [fault.kind for fault in visit.faults] == ["error"]
 
 
+@pytest.mark.parametrize(("words", "kinds"), [("the server's", []), ("the application's", ["error"])])
+async def test_an_error_of_the_servers_own_send(file: Path, words: str, kinds: list[str]) -> None:
+    """ASGI 2.4: it is for the application to let it through. Another one is the application's."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200})
+        except OSError as exc:
+            raise exc if "server" in words else OSError(words) from None
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def gone(message: Message) -> None:
+        raise OSError("the server's")
+
+    recorder = Recorder(answer, file)
+    with pytest.raises(OSError, match=words):
+        await recorder({"type": "http", "method": "GET", "path": "/", "headers": []}, receive, gone)
+    (visit,) = await visits_of(recorder, file)
+    assert [fault.kind for fault in visit.faults] == kinds
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_what_it_left_behind(file: Path) -> None:
     recorder = Recorder(app, file)

@@ -98,6 +98,7 @@ class _Recorded:
         self._completed = False
         self._left: float | None = None
         self._channel: Channel | None = None
+        self._refusals: list[OSError] = []
         self.outcome: dict[str, Any] = {}
 
     def look(self) -> None:
@@ -108,9 +109,11 @@ class _Recorded:
         try:
             await app(self._scope, self.receive, self.send)
         except Exception as exc:
-            error = exc
+            if exc not in self._refusals:  # the server's own, on their way back to it
+                error = exc
             raise
         finally:
+            self._refusals.clear()
             self.outcome = {
                 "ended": time.monotonic(),
                 "left": self._left,
@@ -133,7 +136,11 @@ class _Recorded:
         ends = message["type"] in ("http.response.body", "http.response.pathsend") and not message.get("more_body")
         self._completed = self._completed or ends
         with _of_the_server():
-            await self._send(message)
+            try:
+                await self._send(message)
+            except OSError as exc:  # the client has left (ASGI 2.4)
+                self._refusals.append(exc)
+                raise
 
 
 @contextmanager
