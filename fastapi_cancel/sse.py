@@ -32,6 +32,7 @@ __all__ = ["JSONServerSentEvent", "SSEResponse", "ServerSentEvent", "StreamInfo"
 
 logger = logging.getLogger("fastapi_cancel")
 
+HEARING = 0.1  # seconds until we believe that a cancellation from outside is not because the client has left
 AT_ONCE, NO_LIMIT = 0.001, 1e9  # seconds: what sse-starlette's cleanup_timeout of 0 and None are to us
 
 shutdown.status = AppStatus
@@ -211,11 +212,24 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
     async def _serve_on(self, channel: Channel, scope: Scope, send: Send) -> None:
         try:
             await self._serve(channel.ladder, scope, send)
-        except BaseException:
+        except BaseException as exc:
             channel.interrupted = True
             if self._stream is not None and self._stream.gave_up:
                 channel.closing = True  # no more of this
+            if isinstance(exc, anyio.get_cancelled_exc_class()) and channel.ladder.cause is None:
+                await self._hear(channel.ladder)
             raise
+
+    async def _hear(self, ladder: Ladder) -> None:
+        """Cancelled from outside: by a middleware, perhaps, whose ``send`` has raised because the client has left.
+
+        Then our ``receive`` is about to say so, and there may be somebody to be told. A server that stops says nothing.
+        """
+        if self._on_disconnect is not None or self.client_close_handler_callable is not None:
+            heard = anyio.Event()
+            ladder.listen(heard.set)
+            with anyio.move_on_after(HEARING, shield=True):
+                await heard.wait()
 
     async def _serve(self, ladder: Ladder, scope: Scope, send: Send) -> None:
         self._ladder = ladder

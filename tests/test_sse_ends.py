@@ -11,10 +11,16 @@ from typing import Any
 
 import anyio
 import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Message
 
 from fastapi_cancel import CancelPolicy, SSEResponse, drain
-from fastapi_cancel.testing import after_event, when
+from fastapi_cancel.testing import after_chunks, after_event, when
 
 from .test_sse import Events, Feed, Notes, drained, opened, visited
 
@@ -90,6 +96,31 @@ async def test_the_close_handler_is_for_every_client_that_leaves(policy: CancelP
     assert notes == [{"type": "http.disconnect"}]
     await response.aclose()
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize("chunks", range(1, 6))
+async def test_who_is_told_if_a_middleware_hears_first_that_the_client_has_left(layers: int, chunks: int) -> None:
+    """Its ``send`` raises, on a server as ASGI 2.4 describes it; so it cancels us before our ``receive`` tells."""
+    notes = Notes()
+
+    async def burst() -> Events:
+        while True:
+            yield "again"
+
+    async def endpoint(request: Request) -> Response:
+        return SSEResponse(burst(), on_disconnect=notes.on_disconnect, client_close_handler_callable=notes.client_close)
+
+    async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+    around = [Middleware(BaseHTTPMiddleware, dispatch=pass_on)] * layers
+    app = Starlette(routes=[Route("/", endpoint)], middleware=around)
+    await visited(app, server="asgi", leave=after_chunks(chunks))
+    closed, info = notes
+    assert closed == {"type": "http.disconnect"}
+    assert info.cause == "disconnect"
 
 
 async def test_the_close_handler_is_not_for_a_client_that_stays() -> None:
