@@ -579,6 +579,29 @@ async def test_who_gives_up_a_client_that_does_not_read_may_return(anyio_backend
     assert (visit.completed, visit.given_up, visit.faults) == (False, True, [])
 
 
+@on_asyncio
+async def test_who_gives_up_a_client_may_return_before_its_helper_does(anyio_backend: str) -> None:
+    """Which is on its way out."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        work: Any = send(chunk(b"x1"))
+        loop = asyncio.get_running_loop()
+        helper = loop.create_task(work)
+        await anyio.sleep(SHORT)
+
+        def end_in(turns: int) -> None:
+            if turns:
+                loop.call_soon(end_in, turns - 1)
+            else:
+                helper.cancel()
+
+        end_in(4)
+
+    visit = await LeavingClient(app).get("/", stall=after_start())
+    assert (visit.completed, visit.given_up, visit.faults) == (False, True, [])
+
+
 # -- beside a block ----------------------------------------------------------------------------
 
 

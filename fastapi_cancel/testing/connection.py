@@ -40,7 +40,7 @@ class Connection:
     :ivar uploaded: bytes of the request's body that the application has read, or a server that reads it first
     :ivar invited: whether it has read at all: on uvicorn that sends ``100 Continue``
     :ivar sending: the number of the chunk that waits for a client which does not read
-    :ivar given_up: whether a ``send`` that waited for it was interrupted
+    :ivar given_up: whether a ``send`` that waited for it was interrupted, or is about to be: the application is over
     :ivar completed: whether the response is complete
     :ivar left: when the client has left, by the event loop's clock
     :ivar heard: whether anybody has read http.disconnect, or was raised an :class:`OSError`, since

@@ -207,6 +207,7 @@ class Visit(Connection):
     def judge(self, error: BaseException | None) -> None:
         """The application has ended by itself."""
         self.error = error
+        self.given_up |= self.sending is not None  # in a helper that it does not wait for
         if isinstance(error, (Exception, BaseExceptionGroup)) and not isinstance(error, ClientLeft):
             self.blame("error", f"{error!r} reached the server, from\n{told(stack_of(error))}")
         elif self.left is None and not (self.completed or self.given_up or self.cancelled):
