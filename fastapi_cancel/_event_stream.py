@@ -12,12 +12,15 @@ farewell. Each is sent *aside*, by a helper of the ladder. The task cannot do it
 ``__anext__``, with whatever time limits and cancel scopes the content has around it, and a ``send`` that blocks
 there would be hit by those. The task itself sends only between two events, once nothing is being sent aside.
 
+A content that learns of events past its task (:mod:`._feed`) offers them to the stream. While the task waits, they are
+sent aside as well, by whoever offers them, and the task sleeps on.
+
 ======== ================================================== ==========================================
 flag     meaning                                            who may send
 ======== ================================================== ==========================================
-_pulls   the task waits for the content                     one helper at a time
+_pulls   the task waits for the content                     one helper, or offer, at a time
 --       the task has an event, or sends                    the task, after the helper is through
-_busy    a helper sends                                     that helper, to its end
+_busy    a helper, or an offer, sends                       that one, to its end
 ======== ================================================== ==========================================
 
 The ends of a stream:
@@ -35,24 +38,28 @@ Races, and why each is harmless:
   content makes it wait again before it has sent, the helper takes over what was gathered.
 - *the client leaves while a helper sends*: the channel hears it, the ladder interrupts the task; the helper ends.
 - *the farewell is due while a helper sends*: the task says it while unwinding.
+- *events are offered while a helper sends, or once there is a cause*: not taken. The task pulls them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Awaitable, Generator
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Protocol, TypeAlias
+from types import coroutine
+from typing import Any, Protocol
 
 import anyio
 from starlette.types import Message, Send
 
 from ._ahead import Ahead
+from ._feed import Burst, Feed
 from ._heart import Pulse, current_heart
+from ._native import NativeLadder
 from .events import encode, is_whole
 from .exceptions import ClientGone, InvalidEvent, RequestCancelled, Stalled
 from .ladder import RUN, Ladder
@@ -66,9 +73,6 @@ MAX_DELAY = 0.002  # seconds between the first of them and the sending
 MAX_BUSY = 0.05  # seconds without a turn of the event loop (C17)
 QUICK = 0.001  # seconds in which the content of a burst yields again
 IDLE = 1.0  # seconds until we look again at a stream whose heartbeats were switched off meanwhile
-
-Burst: TypeAlias = tuple[bytes, int, str | None]
-"""What goes out together: its bytes, how many events they are, the last id among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +215,9 @@ class EventStream:
     async def _pump(self) -> None:
         """Pull, encode, gather and send, until the content ends."""
         ladder, gathered, sep = self._ladder, self._gathered, self._source.sep
-        items = Ahead(self._source.body_iterator)
+        items = Ahead(content := self._source.body_iterator)
+        if isinstance(content, Feed) and self._source.batch and isinstance(ladder, NativeLadder):
+            content.follow(partial(self._offer, ladder))
         quick = QUICK if self._source.batch else -1.0  # nothing is as quick
         size = 0
         last = flushed = turned = monotonic()
@@ -273,6 +279,7 @@ class EventStream:
         """What was gathered."""
         burst = b"".join(self._gathered), len(self._gathered), self._gathered_id
         self._gathered.clear()
+        self._gathered_id = None
         return burst
 
     async def _put(self, tail: bytes = b"", more_body: bool = True) -> None:
@@ -293,20 +300,27 @@ class EventStream:
             if self._ladder.cause is None or self._ladder.others_cancel():  # somebody else's goes first (C14)
                 raise
 
-    async def _send_burst(self, burst: Burst, more_body: bool = True) -> None:
-        body, events, last_id = burst
+    async def _send_burst(
+        self, burst: Burst, more_body: bool = True, *, sending: Awaitable[None] | None = None
+    ) -> None:
+        """Send it, or do the rest of ``sending`` it."""
         try:
-            await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
+            await (sending or self._send({"type": "http.response.body", "body": burst[0], "more_body": more_body}))
         except ClientGone:
             if "disconnect" in self._ladder.policy.causes:
                 raise
             return  # it is to run to its end for nobody
+        self._note(burst)
+
+    def _note(self, burst: Burst) -> None:
+        """It has been sent."""
+        body, events, last_id = burst
         self._sent_at = monotonic()
         self._bytes += len(body)
         self._events += events
         if last_id is not None:
             self._last_id = last_id
-        self._tail = (self._tail + body[-4:])[-4:]
+        self._tail = (self._tail + body)[-4:] if len(body) < 4 else body[-4:]
 
     async def _part(self) -> None:
         """Interrupted, with a client that is perhaps still there: end the response as it should."""
@@ -325,12 +339,13 @@ class EventStream:
     # -- aside -------------------------------------------------------------------------------
 
     def _send_aside(self, burst: Burst) -> None:
-        self._busy = True
+        self._busy = True  # the helper may begin later
         self._ladder.spawn(partial(self._aside, burst))
 
-    async def _aside(self, burst: Burst) -> None:
+    async def _aside(self, burst: Burst, sending: Awaitable[None] | None = None) -> None:
+        self._busy = True
         try:
-            await self._send_burst(burst)
+            await self._send_burst(burst, sending=sending)
             while self._pulls and self._gathered:  # by a task that came past while we were busy
                 await self._send_burst(self._take())
         except ClientGone:
@@ -341,6 +356,28 @@ class EventStream:
             self._busy = False
             if self._through is not None:
                 self._through.set()
+
+    def _offer(self, ladder: NativeLadder, burst: Burst) -> Awaitable[None] | bool:
+        """Send events past the task, if that waits and nobody else sends."""
+        if not self._pulls or self._busy or ladder.cause is not None:
+            return False
+        self._busy = True
+        ladder.waits += 1  # since the last of these, the event loop has turned
+        steps = self._send({"type": "http.response.body", "body": burst[0], "more_body": True}).__await__()
+        try:
+            waits_for = self._context.run(next, steps)
+        except StopIteration:
+            self._note(burst)
+        except ClientGone:
+            pass  # the ladder knows
+        except Exception as exc:
+            self.fail(exc)
+        else:
+            ladder.enlist()
+            return self._aside(burst, _finish(self._context, steps, waits_for))  # is busy again at once
+        finally:
+            self._busy = False
+        return True
 
     def _look_here(self, now: float) -> float:
         return self._context.copy().run(self._look, now)
@@ -377,6 +414,19 @@ class EventStream:
         except Exception:
             logger.exception("%s: the farewell failed", ladder.name())
             return b""
+
+
+@coroutine
+def _finish(context: Context, steps: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """Go on, in ``context``, with what has begun to wait."""
+    with suppress(StopIteration):
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as exc:
+                waits_for = context.run(steps.throw, exc)
+            else:
+                waits_for = context.run(steps.send, value)
 
 
 async def _nowhere(message: Message) -> None:

@@ -57,7 +57,7 @@ class NativeLadder(Ladder):
     _requests = 0
     _arrived = False
     _within: Any = None
-    _helpers: tuple[asyncio.Task[None], ...] = ()
+    _helpers: tuple[asyncio.Task[Any], ...] = ()
 
     def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
         super().__init__(policy, scope)
@@ -140,9 +140,18 @@ class NativeLadder(Ladder):
         return self._yield()
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._add_helper(asyncio.Task(function(), loop=self._task.get_loop(), **_EAGERLY))
+
+    def enlist(self) -> None:
+        """Have the calling task end with the work at the latest, as what is spawned does."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._add_helper(task)
+
+    def _add_helper(self, helper: asyncio.Task[Any]) -> None:
         if len(self._helpers) > 1:  # an upload has one watcher after another
             self._helpers = tuple(helper for helper in self._helpers if not helper.done())
-        self._helpers += (asyncio.Task(function(), loop=self._task.get_loop(), **_EAGERLY),)
+        self._helpers += (helper,)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
         return self._task.get_loop().call_later(seconds, function)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
+from collections.abc import Awaitable
 from typing import Any, NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from fastapi_cancel._feed import Burst
 from fastapi_cancel.broker.log import Entry, Event, Gap, Log, Place, Subscription
 
 KEPT = 4  # by the store
@@ -78,14 +81,17 @@ class Store:
 
 
 class Reader:
-    """Reads without end, and notes what it got."""
+    """Reads without end, and notes what it got. It may be one that is pushed to."""
 
-    def __init__(self, machine: Machine, after: Place | None) -> None:
+    def __init__(self, machine: Machine, after: Place | None, follows: bool) -> None:
         self.seen = 0  # the last event's number in the order of all
         self.gap = False
         self.counted: int | None = 0
         self.events = Subscription(machine.log, machine, after)
+        if follows:
+            self.events.follow(self.offer)
         self.machine = machine
+        self.sending: asyncio.Future[None] | None = None
         self.task = machine.loop.create_task(self.read())
 
     async def read(self) -> None:
@@ -96,13 +102,29 @@ class Reader:
                 known = self.counted is not None and event.missed is not None
                 self.counted = self.counted + event.missed if known else None  # type: ignore[operator]
                 continue
-            number = int(event.data or "")
-            assert number > self.seen, f"{number} came after {self.seen}"
-            missing = {str(each) for each in range(self.seen + 1, number)} - self.machine.store.lost
-            assert self.gap or not missing, f"{missing} before {number}"
-            if self.gap and self.counted is not None:
-                assert len(missing) == self.counted, f"{self.counted} missing after {self.seen}: {number}"
-            self.seen, self.gap, self.counted = number, False, 0
+            self.note(int(event.data or ""))
+
+    def note(self, number: int) -> None:
+        assert number > self.seen, f"{number} came after {self.seen}"
+        missing = {str(each) for each in range(self.seen + 1, number)} - self.machine.store.lost
+        assert self.gap or not missing, f"{missing} before {number}"
+        if self.gap and self.counted is not None:
+            assert len(missing) == self.counted, f"{self.counted} missing after {self.seen}: {number}"
+        self.seen, self.gap, self.counted = number, False, 0
+
+    def offer(self, burst: Burst) -> Awaitable[None] | bool:
+        if self.machine.offers == "refused" or self.sending is not None:
+            return False
+        for number in re.findall(rb"data: (\d+)", burst[0]):
+            self.note(int(number))
+        if self.machine.offers == "taken":
+            return True
+        self.sending = self.machine.loop.create_future()
+        return self.send(self.sending)
+
+    async def send(self, sending: asyncio.Future[None]) -> None:
+        await sending
+        self.sending = None
 
 
 class Machine(RuleBasedStateMachine):
@@ -118,6 +140,7 @@ class Machine(RuleBasedStateMachine):
         self.listens = True
         self.readers: list[Reader] = []
         self.ids: list[tuple[Place, int]] = []
+        self.offers = "taken"
 
     # -- what a process asks of the store ----------------------------------------------------
 
@@ -192,10 +215,22 @@ class Machine(RuleBasedStateMachine):
     def forget(self) -> None:
         self.store.forget()
 
+    @rule(what=st.sampled_from(["taken", "refused", "to be waited for"]))
+    def offers_are(self, what: str) -> None:
+        self.offers = what
+
     @rule()
-    def come(self) -> None:
+    def sent(self) -> None:
+        """What was waited for."""
+        for reader in self.readers:
+            if reader.sending is not None and not reader.sending.done():
+                reader.sending.set_result(None)
+        self.turn()
+
+    @rule(follows=st.booleans())
+    def come(self, follows: bool) -> None:
         """Where this process is, not where the world is."""
-        reader = Reader(self, self.log.place)
+        reader = Reader(self, self.log.place, follows)
         known = [number for place, number in self.ids if place == self.log.place]
         reader.seen = known[0] if known else 0
         reader.gap, reader.counted = not known, None
@@ -203,11 +238,11 @@ class Machine(RuleBasedStateMachine):
         self.turn()
 
     @precondition(lambda self: self.ids)
-    @rule(data=st.data())
-    def come_back(self, data: Any) -> None:
+    @rule(data=st.data(), follows=st.booleans())
+    def come_back(self, data: Any, follows: bool) -> None:
         """Perhaps from another worker, with an id of which this one has not heard yet."""
         place, number = data.draw(st.sampled_from(self.ids))
-        reader = Reader(self, place)
+        reader = Reader(self, place, follows)
         reader.seen = number
         self.readers.append(reader)
         self.turn()
@@ -219,6 +254,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """In the end all answers come; then everybody has got everything."""
         try:
+            self.sent()
             for _ in range(2):  # what is heard behind the first look may be lost: the next one says so
                 self.look()
             assert self.log.place == self.store.newest
@@ -229,6 +265,8 @@ class Machine(RuleBasedStateMachine):
         finally:
             for reader in self.readers:
                 reader.task.cancel()
+                if reader.sending is not None:
+                    reader.sending.cancel()
             self.turn_quietly()
             self.loop.close()
 
@@ -288,6 +326,18 @@ def log_of(*numbers: int) -> Log:
     for number in numbers:
         log.append(Place(1, number), event(number))
     return log
+
+
+def test_events_are_joined_once_for_all_who_are_at_the_same_place() -> None:
+    log = log_of(1)
+    assert log.burst_behind(log.place) is None
+    before = log.place
+    for number in (2, 3):
+        log.append(Place(1, number), event(number))
+    found = log.burst_behind(before)
+    assert found == (Place(1, 3), (event(2).frame + event(3).frame, 2, "1-3"))
+    assert log.burst_behind(before) is found
+    assert log.burst_behind(log.place) is None
 
 
 def in_memory(log: Log) -> list[int]:

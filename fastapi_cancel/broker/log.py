@@ -32,14 +32,17 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from time import monotonic
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import anyio
 from pydantic_core import to_json
 
+from .._event_stream import MAX_BYTES
+from .._feed import Burst, Offer
 from ..exceptions import CancelError, Stalled
+from ._push import Pusher
 
 SEP = "\r\n"
 _ID = re.compile(r"\d{1,19}-\d{1,19}", re.ASCII)
@@ -170,6 +173,8 @@ class Log:
         self._entries: deque[tuple[float, Entry]] = deque()
         self._end = self.unheard = place.number
         self._more: anyio.Event | None = None
+        self._joined: tuple[Place, tuple[Place, Burst] | None] | None = None
+        self.pusher = Pusher()
         self.touched = monotonic()
 
     @property
@@ -253,6 +258,26 @@ class Log:
         if self._more is not None:
             self._more.set()
             self._more = None
+        self._joined = None
+        self.pusher.push()
+
+    def burst_behind(self, place: Place) -> tuple[Place, Burst] | None:
+        """The events behind ``place`` that are in memory, up to a size, joined; and the place behind the last of them.
+
+        Most readers are at the same place: it is remembered.
+        """
+        if self._joined is None or self._joined[0] != place:
+            self._joined = place, self._join(place)
+        return self._joined[1]
+
+    def _join(self, place: Place) -> tuple[Place, Burst] | None:
+        frames: list[bytes] = []
+        size, id = 0, ""
+        while size < MAX_BYTES and (entry := self.behind(place)) is not None:
+            place, id = entry.place, entry.event.id
+            frames.append(entry.event.frame)
+            size += len(entry.event.frame)
+        return (place, (b"".join(frames), len(frames), id)) if frames else None
 
 
 class Subscription(AsyncIterator[Event]):
@@ -274,6 +299,7 @@ class Subscription(AsyncIterator[Event]):
         self._read: deque[Entry] = deque()
         self._live = False
         self._failure: Exception | None = None
+        self._offer: Offer | None = None
 
     @property
     def position(self) -> str:
@@ -284,6 +310,23 @@ class Subscription(AsyncIterator[Event]):
         """Have it raise ``failure`` once it has read all there is."""
         self._failure = failure
         self._log.wake()
+
+    def follow(self, offer: Offer) -> None:
+        """Offer events past whoever waits for them here."""
+        self._offer = offer
+
+    def push(self) -> Awaitable[None] | None:
+        """While this waits: offer what is there, and wake it for whatever remains."""
+        assert self._offer is not None
+        log = self._log
+        taken: Awaitable[None] | bool = False
+        if (self._lag is None or log.last - self._here.number <= self._lag) and (found := log.burst_behind(self._here)):
+            place, burst = found
+            if taken := self._offer(burst):
+                self._here = place
+        if self._here != log.place or self._failure is not None or log.failure is not None:
+            log.pusher.wake(self)
+        return None if isinstance(taken, bool) else taken
 
     def __aiter__(self) -> Subscription:
         return self
@@ -305,7 +348,7 @@ class Subscription(AsyncIterator[Event]):
                 if self._failure is not None:
                     raise self._failure
                 log.check()
-                await log.wait()
+                await (log.wait() if self._offer is None else log.pusher.wait(self))
                 continue
             newest, entries = await self._store.read(self._here)
             self._read = deque(entries)
