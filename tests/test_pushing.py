@@ -8,7 +8,7 @@ import random
 import re
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ from fastapi_cancel import Broker, CancelPolicy, SSEResponse, StreamInfo, connec
 from fastapi_cancel._event_stream import MAX_BYTES
 from fastapi_cancel.broker import Event, Subscription
 from fastapi_cancel.testing import Visit, after_event, when
+from fastapi_cancel.testing.live import LiveServer
+from fastapi_cancel.testing.servers import SERVERS
 
 from .brokers import NewBroker, its_backend, its_store, new_brokers  # noqa: F401 (fixtures)
 from .redis_server import STORES
@@ -62,7 +64,7 @@ def what_is_pulled(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 
 def numbers(body: bytes) -> list[int]:
-    return [int(number) for number in re.findall(rb"data: (\d+)", body)]
+    return [int(number) for number in re.findall(rb"data: (\d+)\b", body)]
 
 
 class Reader:
@@ -481,6 +483,28 @@ async def test_a_broker_that_is_closed(broker: Broker) -> None:
         await publish(broker, 0)
         await visit.until(after_event("0"))
         await broker.aclose()
+
+
+@pytest.mark.parametrize("layers", [0, 5])
+@pytest.mark.parametrize("server", SERVERS)
+def test_on_a_real_server(server: str, layers: int) -> None:
+    """One client reads nothing until the end, one never, two leave. Under Trio, where nobody pushes, the same."""
+    last = b"data: 29 "
+    with LiveServer("tests.pushing_app:app", server=server, env={"LAYERS": str(layers)}) as live, ExitStack() as stack:
+        clients = [stack.enter_context(live.open("/news", receive_buffer=10_000)) for _ in range(8)]
+        for client in clients:
+            client.until(b"id: ")
+        for number in range(30):
+            live.json(f"/say/{number}?size=50_000")
+            for client in clients[4:]:
+                client.until(b"data: %d " % number)
+            if number == 10:
+                clients[2].abort()
+                clients[3].close()
+        assert numbers(clients[0].until(last)) == list(range(30))
+        for client in clients:
+            client.abort()
+        live.assert_clean(len(clients) + 30)
 
 
 @asynccontextmanager
