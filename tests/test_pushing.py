@@ -187,15 +187,15 @@ async def test_the_event_loop_turns_meanwhile(broker: Broker) -> None:
 
 
 async def test_a_push_that_waits_does_not_keep_its_publisher(broker: Broker) -> None:
-    class Request:
+    class Kept:
         pass
 
-    request: ContextVar[Request] = ContextVar("request")
+    kept: ContextVar[Kept] = ContextVar("kept")
 
-    async def handler() -> weakref.ref[Request]:
-        request.set(Request())
+    async def handler() -> weakref.ref[Kept]:
+        kept.set(Kept())
         await publish(broker, 0)
-        return weakref.ref(request.get())
+        return weakref.ref(kept.get())
 
     async with crowd(sse(broker), 1) as (reader,):
         reader.stall()
@@ -280,6 +280,7 @@ async def test_a_stream_is_as_if_its_task_had_sent_it(broker: Broker) -> None:
 
     response = SSEResponse(broker.events("news"), heartbeat=0.1, farewell="bye", on_disconnect=note)
     async with waiting(response) as visit:
+        last = ""
         for number in range(3):
             last = await broker.publish("news", str(number))
             await visit.until(after_event(str(number)))
