@@ -57,7 +57,7 @@ import anyio
 from starlette.types import Message, Send
 
 from ._ahead import Ahead
-from ._feed import Burst, Feed
+from ._feed import MAX_BYTES, Burst, Feed
 from ._heart import Pulse, current_heart
 from ._native import NativeLadder
 from .events import encode, is_whole
@@ -67,8 +67,7 @@ from .policy import HERE, PARTING, Cause
 
 logger = logging.getLogger("fastapi_cancel")
 
-# Events that are ready go out together, up to:
-MAX_BYTES = 65536
+# Events that are ready go out together, up to MAX_BYTES and:
 MAX_DELAY = 0.002  # seconds between the first of them and the sending
 MAX_BUSY = 0.05  # seconds without a turn of the event loop (C17)
 QUICK = 0.001  # seconds in which the content of a burst yields again

@@ -6,6 +6,9 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeAlias, TypeVar
 
+MAX_BYTES = 65536
+"""A burst is not added to once it is larger."""
+
 Burst: TypeAlias = tuple[bytes, int, str | None]
 """What goes out together: its bytes, how many events they are, the last id among them."""
 

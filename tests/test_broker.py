@@ -257,6 +257,17 @@ class TestBroker:
             assert encode(await anext(events)) == (f"id: {id}\r\ndata: first\r\n\r\n".encode(), id)
             await close(events)
 
+    async def test_the_content_of_a_response_is_a_generator(self, new: NewBroker) -> None:
+        async with new() as broker:
+            events = broker.events("news")
+            await anext(events)
+            await broker.publish("news", "first")
+            assert (await events.asend(None)).data == "first"
+            with pytest.raises(ZeroDivisionError):
+                await events.athrow(ZeroDivisionError())
+            with pytest.raises(StopAsyncIteration):
+                await anext(events)
+
     @pytest.mark.parametrize("item", ITEMS)
     async def test_all_that_can_be_sent_can_be_published(self, new: NewBroker, item: Any) -> None:
         async with new() as broker, broker.subscribe("news") as events:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import re
+import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_cancel import Broker, CancelPolicy, SSEResponse, StreamInfo, connect
-from fastapi_cancel._event_stream import MAX_BYTES
+from fastapi_cancel._feed import MAX_BYTES
 from fastapi_cancel.broker import Event, Subscription
 from fastapi_cancel.testing import Visit, after_event, when
 from fastapi_cancel.testing.live import LiveServer
@@ -443,6 +444,21 @@ async def test_a_pusher_that_somebody_cancels(broker: Broker, turns: int) -> Non
                 task.cancel()
         await until(lambda: all(reader.got[-1:] == [4] for reader in readers))
     assert {tuple(reader.got) for reader in readers} == {tuple(range(5))}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 has eager tasks")
+async def test_where_tasks_are_eager() -> None:
+    """Nothing is sent within ``publish``."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    try:
+        async with connect() as broker, crowd(sse(broker), 5) as readers:
+            for number in range(3):
+                await publish(broker, number)
+                assert {tuple(reader.got) for reader in readers} == {tuple(range(number))}
+                await until(lambda: all(reader.got[-1:] == [number] for reader in readers))  # noqa: B023
+    finally:
+        loop.set_task_factory(None)
 
 
 async def test_behind_base_http_middleware(broker: Broker) -> None:

@@ -43,7 +43,7 @@ from fastapi_cancel import (
     shutdown,
 )
 from fastapi_cancel._ahead import Ahead
-from fastapi_cancel._event_stream import MAX_BYTES
+from fastapi_cancel._feed import MAX_BYTES
 from fastapi_cancel._heart import AT_ONCE, Heart, _hearts
 from fastapi_cancel.exceptions import Stalled
 from fastapi_cancel.testing import (

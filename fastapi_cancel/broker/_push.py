@@ -67,7 +67,8 @@ class Pusher:
 
     def _go_on(self, rest: Iterator[Waiting]) -> None:
         nobodys = Context()  # a push may wait for long: it is not to keep the request that has published
-        self._at_work = self._loop.create_task(self._work(rest), context=nobodys)
+        # Not by the loop, whose tasks may be eager ones: nothing is to be sent within `push`.
+        self._at_work = asyncio.Task(self._work(rest), loop=self._loop, context=nobodys)
         self._at_work.add_done_callback(self._ended, context=nobodys)
 
     async def _work(self, rest: Iterator[Waiting]) -> None:

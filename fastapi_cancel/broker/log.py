@@ -39,8 +39,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 import anyio
 from pydantic_core import to_json
 
-from .._event_stream import MAX_BYTES
-from .._feed import Burst, Offer
+from .._feed import MAX_BYTES, Burst, Offer
 from ..exceptions import CancelError, Stalled
 from ._push import Pusher
 

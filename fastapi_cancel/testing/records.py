@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from types import AsyncGeneratorType, FrameType, GeneratorType
+from types import AsyncGeneratorType, GeneratorType
 from typing import Any, NamedTuple, Protocol
 
 from .faults import Fault, Kind
@@ -15,6 +14,8 @@ from .sites import Stack, own, site_of, stack_of, stack_of_waiting, told
 from .stepping import Seam, stepped
 
 AnyGenerator = AsyncGeneratorType[Any, Any]
+
+ABANDONED = "was left to the garbage collector"
 
 CURRENT: ContextVar[Record | None] = ContextVar("fastapi_cancel_record", default=None)
 """The record of the request that this task belongs to; every task that it starts inherits it."""
@@ -83,6 +84,7 @@ class Record:
         self._work: Any = None
         self._tasks: weakref.WeakKeyDictionary[Any, Started] = weakref.WeakKeyDictionary()
         self._generators: dict[int, _Generator] = {}
+        self._driven: list[tuple[_Generator, GeneratorType[Any, Any, Any]]] = []  # whose driver has been abandoned
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run the request itself."""
@@ -145,13 +147,17 @@ class Record:
     def abandoned(self, generator: AnyGenerator) -> None:
         """The garbage collector has got it: nobody has closed it."""
         noted = self._generators.pop(id(generator))
-        if self.listening and not _is_held(_users(generator), generator):
-            self._blame_open(noted, generator, "was left to the garbage collector")
+        left = _users(generator)
+        if not self.listening or left is None:
+            return
+        if isinstance(left, GeneratorType):  # whoever has it still may be about to close it
+            self._driven.append((noted, left))
+        else:
+            self._blame_open(noted, left, ABANDONED)
 
-    def _blame_open(self, noted: _Generator, generator: AnyGenerator, how: str) -> None:
-        if (left := _users(generator)) is not None:
-            name, first, waits = left.__qualname__, told(noted.iterated), told(stack_of_waiting(left))
-            self.blame("generator left open", f"{name}, first iterated at\n{first}\n  {how} at\n{waits}")
+    def _blame_open(self, noted: _Generator, left: AnyGenerator | GeneratorType[Any, Any, Any], how: str) -> None:
+        name, first, waits = left.__qualname__, told(noted.iterated), told(stack_of_waiting(left))
+        self.blame("generator left open", f"{name}, first iterated at\n{first}\n  {how} at\n{waits}")
 
     # -- what is left ------------------------------------------------------------------------
 
@@ -164,7 +170,12 @@ class Record:
         for task, started in self.tasks().items():
             self.blame("task left", f"{self.backend.called(task, started.function)}, {started}")
         for noted, generator in self._open_generators():
-            self._blame_open(noted, generator, "waits")
+            if (left := _users(generator)) is not None:
+                self._blame_open(noted, left, "waits")
+        for noted, driven in self._driven:
+            if driven.gi_frame is not None:
+                self._blame_open(noted, driven, ABANDONED)
+        self._driven.clear()
 
     def needs_collecting(self) -> bool:
         """Whether something may only be part of a reference cycle: that is left to the collector, too."""
@@ -178,18 +189,6 @@ class Record:
 class _Generator(NamedTuple):
     reference: weakref.ref[AnyGenerator]
     iterated: Stack
-
-
-def _is_held(driven: object, by: AnyGenerator) -> bool:
-    """Whether somebody else than who drives it has it still, and may be about to close it."""
-    if not isinstance(driven, GeneratorType):
-        return False
-    assert by.ag_frame is not None
-    locals_of_driver = by.ag_frame.f_locals  # Python 3.11 keeps this one, too
-    return any(
-        each is not locals_of_driver and not isinstance(each, (FrameType, AsyncGeneratorType))
-        for each in gc.get_referrers(driven)
-    )
 
 
 def _users(generator: AnyGenerator) -> AnyGenerator | GeneratorType[Any, Any, Any] | None:
