@@ -44,7 +44,7 @@ Races, and why each is harmless:
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterable, Awaitable, Generator
+from collections.abc import AsyncIterable, Awaitable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass
@@ -299,12 +299,9 @@ class EventStream:
             if self._ladder.cause is None or self._ladder.others_cancel():  # somebody else's goes first (C14)
                 raise
 
-    async def _send_burst(
-        self, burst: Burst, more_body: bool = True, *, sending: Awaitable[None] | None = None
-    ) -> None:
-        """Send it, or do the rest of ``sending`` it."""
+    async def _send_burst(self, burst: Burst, more_body: bool = True) -> None:
         try:
-            await (sending or self._send({"type": "http.response.body", "body": burst[0], "more_body": more_body}))
+            await self._send({"type": "http.response.body", "body": burst[0], "more_body": more_body})
         except ClientGone:
             if "disconnect" in self._ladder.policy.causes:
                 raise
@@ -341,10 +338,13 @@ class EventStream:
         self._busy = True  # the helper may begin later
         self._ladder.spawn(partial(self._aside, burst))
 
-    async def _aside(self, burst: Burst, sending: Awaitable[None] | None = None) -> None:
+    async def _aside(self, burst: Burst) -> None:
+        await self._see_through(self._send_burst(burst))
+
+    async def _see_through(self, sending: Awaitable[None]) -> None:
         self._busy = True
         try:
-            await self._send_burst(burst, sending=sending)
+            await sending
             while self._pulls and self._gathered:  # by a task that came past while we were busy
                 await self._send_burst(self._take())
         except ClientGone:
@@ -362,21 +362,33 @@ class EventStream:
             return False
         self._busy = True
         ladder.waits += 1  # since the last of these, the event loop has turned
-        steps = self._send({"type": "http.response.body", "body": burst[0], "more_body": True}).__await__()
+        steps = self._send_burst(burst)
         try:
-            waits_for = self._context.run(next, steps)
-        except StopIteration:
-            self._note(burst)
-        except ClientGone:
-            pass  # the ladder knows
+            waits_for = self._context.run(steps.send, None)
+        except (StopIteration, ClientGone):
+            pass  # sent; or the ladder knows
         except Exception as exc:
             self.fail(exc)
+        except anyio.get_cancelled_exc_class():
+            self._cut_short(ladder)
         else:
             ladder.enlist()
-            return self._aside(burst, _finish(self._context, steps, waits_for))  # is busy again at once
+            return self._finish(ladder, _rest_of(self._context, steps, waits_for))  # is busy again at once
         finally:
             self._busy = False
         return True
+
+    async def _finish(self, ladder: NativeLadder, sending: Awaitable[None]) -> None:
+        try:
+            await self._see_through(sending)
+        except anyio.get_cancelled_exc_class():
+            self._cut_short(ladder)
+            raise
+
+    def _cut_short(self, ladder: NativeLadder) -> None:
+        """Somebody has cancelled a send, and not the stream: nobody knows what of it is out."""
+        if not ladder.others_cancel():
+            self.fail(RuntimeError("a send of this stream was cancelled"))
 
     def _look_here(self, now: float) -> float:
         return self._context.copy().run(self._look, now)
@@ -416,7 +428,7 @@ class EventStream:
 
 
 @coroutine
-def _finish(context: Context, steps: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+def _rest_of(context: Context, steps: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
     """Go on, in ``context``, with what has begun to wait."""
     with suppress(StopIteration):
         while True:

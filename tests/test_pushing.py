@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastapi_cancel import Broker, CancelPolicy, SSEResponse, StreamInfo, connect
 from fastapi_cancel._feed import MAX_BYTES
 from fastapi_cancel.broker import Event, Subscription
+from fastapi_cancel.protect import KEY
 from fastapi_cancel.testing import Visit, after_event, when
 from fastapi_cancel.testing.live import LiveServer
 from fastapi_cancel.testing.servers import SERVERS
@@ -201,7 +202,7 @@ async def test_a_push_that_waits_does_not_keep_its_publisher(broker: Broker) -> 
     async with crowd(sse(broker), 1) as (reader,):
         reader.stall()
         published = await asyncio.create_task(handler())
-        await until(lambda: "Pusher." in repr([task.get_coro() for task in asyncio.all_tasks()]))
+        await until(lambda: "Pusher._work" in repr([task.get_coro() for task in asyncio.all_tasks()]))
         await until(lambda: gc.collect() >= 0 and published() is None)
         reader.resume()
         await until(lambda: reader.got == [0])
@@ -374,7 +375,7 @@ async def cancel(send: Send, message: Message) -> None:
     ("sender", "fault"),
     [
         (fail, "error: ZeroDivisionError"),
-        (cancel, "error: the application returned without a complete"),
+        (cancel, "error: RuntimeError.*was cancelled"),
         (leave, "error: the application returned without a complete"),
         (hurry, ""),  # a TimeoutError is an OSError, too
         (hurry_with_anyio, ""),
@@ -393,6 +394,126 @@ async def test_one_whose_send_fails_is_alone(
                 await until(lambda: visit.over)
                 await publish(broker, 1)
                 await until(lambda: all(reader.got == [0, 1] for reader in [*first, *others]))
+
+
+async def test_sends_that_wait_do_not_take_a_turn_each(broker: Broker) -> None:
+    turns = 0
+
+    async def wait(send: Send, message: Message) -> None:
+        await asyncio.sleep(0)
+        await send(message)
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    async with crowd(through(wait, sse(broker)), 300) as readers:
+        await publish(broker, 0)
+        turning = asyncio.create_task(turn())
+        while any(not reader.got for reader in readers[:1]):
+            await asyncio.sleep(0)
+        before = turns
+        while any(not reader.got for reader in readers):
+            await asyncio.sleep(0)
+        turning.cancel()
+    assert turns - before < 30
+
+
+async def test_a_push_that_is_cancelled_ends_its_stream(broker: Broker) -> None:
+    """Nobody knows what of it is out: the client is to come back with the last id that it has seen."""
+    async with crowd(sse(broker), 1) as (other,), waiting(sse(broker), "error: RuntimeError.*was cancelled") as visit:
+        await stalled(visit, broker)
+        await until(lambda: other.got == [0])
+        for task in workers():
+            task.cancel()
+        await until(lambda: visit.over)
+        await publish(broker, 1)
+        await until(lambda: other.got == [0, 1])
+    assert visit.events == []
+
+
+@pytest.mark.parametrize("stream_first", [True, False])
+async def test_all_tasks_are_cancelled(broker: Broker, stream_first: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """As at the end of ``asyncio.run``, while a push waits: nothing is said of that."""
+    reader = Reader()
+    stream = asyncio.create_task(reader.visit(sse(broker)))
+    await reader.there.wait()
+    await settled()
+    reader.stall()
+    await publish(broker, 0)
+    await until(lambda: bool(workers()))
+    await settled()
+    (push,) = workers()
+    tasks = [stream, push] if stream_first else [push, stream]
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert (stream.cancelled(), push.cancelled(), caplog.records) == (True, True, [])
+
+
+async def test_a_send_that_is_cancelled_once_it_is_through(broker: Broker) -> None:
+    """Nothing is sent twice."""
+
+    async def pass_on(send: Send, message: Message) -> None:
+        await send(message)
+        if b"data" in message.get("body", b""):
+            raise asyncio.CancelledError
+
+    async with waiting(through(pass_on, sse(broker)), "error: RuntimeError.*was cancelled") as visit:
+        await publish(broker, 0)
+        await until(lambda: visit.over)
+    assert [event.data for event in visit.events] == ["0"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, TypeError])
+async def test_a_send_that_is_no_coroutine_function(broker: Broker, error: type[Exception]) -> None:
+    """In an endpoint that opted out, where nothing of ours is in between."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        def plain(message: Message) -> Any:
+            if b"data" not in message.get("body", b""):
+                return send(message)
+            if error is TypeError:
+                return None
+            raise error
+
+        scope[KEY] = None
+        await SSEResponse(broker.events("news"))(scope, receive, plain)
+
+    async with crowd(sse(broker), 1) as (other,), waiting(app, f"error: {error.__name__}") as visit:
+        await publish(broker, 0)
+        await until(lambda: visit.over)
+        await publish(broker, 1)
+        await until(lambda: other.got == [0, 1])
+
+
+lost: list[asyncio.Task[None]] = []  # kept: Python has much to say when such a task goes
+
+
+def test_an_event_loop_after_another() -> None:
+    """The first one is closed without a word to whoever waits there."""
+    broker = connect()
+    first = asyncio.new_event_loop()
+
+    async def listen() -> None:
+        reader = Reader()
+        lost.append(asyncio.create_task(reader.visit(sse(broker))))
+        await reader.there.wait()
+        await settled()
+        await publish(broker, "lost")
+
+    async def listen_again() -> None:
+        await publish(broker, 0)
+        async with crowd(sse(broker), 3) as readers:
+            await publish(broker, 1)
+            await until(lambda: all(reader.got == [1] for reader in readers))
+
+    first.run_until_complete(listen())
+    first.close()
+    asyncio.run(listen_again())
+    assert not lost[0].done()
 
 
 user: ContextVar[str] = ContextVar("user")
@@ -430,17 +551,14 @@ async def test_it_runs_in_the_context_of_the_request(broker: Broker) -> None:
 async def test_a_pusher_that_somebody_cancels(broker: Broker, turns: int) -> None:
     """As who cleans up an event loop may do, before its first step or later: the streams see for themselves."""
 
-    def pushers() -> list[asyncio.Task[Any]]:
-        return [task for task in asyncio.all_tasks() if "Pusher." in repr(task.get_coro())]
-
     async with crowd(sse(broker), 250) as readers:
         for number in range(5):
             await publish(broker, number)
-            while not pushers() and any(reader.got[-1:] != [number] for reader in readers):
+            while not workers() and any(reader.got[-1:] != [number] for reader in readers):
                 await asyncio.sleep(0)
             for _ in range(turns):
                 await asyncio.sleep(0)
-            for task in pushers():
+            for task in workers():
                 task.cancel()
         await until(lambda: all(reader.got[-1:] == [4] for reader in readers))
     assert {tuple(reader.got) for reader in readers} == {tuple(range(5))}
@@ -522,6 +640,10 @@ def test_on_a_real_server(server: str, layers: int) -> None:
         for client in clients:
             client.abort()
         live.assert_clean(len(clients) + 30)
+
+
+def workers() -> list[asyncio.Task[Any]]:
+    return [task for task in asyncio.all_tasks() if "Pusher._work" in repr(task.get_coro())]
 
 
 @asynccontextmanager
