@@ -300,23 +300,19 @@ class EventStream:
                 raise
 
     async def _send_burst(self, burst: Burst, more_body: bool = True) -> None:
+        body, events, last_id = burst
         try:
-            await self._send({"type": "http.response.body", "body": burst[0], "more_body": more_body})
+            await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
         except ClientGone:
             if "disconnect" in self._ladder.policy.causes:
                 raise
             return  # it is to run to its end for nobody
-        self._note(burst)
-
-    def _note(self, burst: Burst) -> None:
-        """It has been sent."""
-        body, events, last_id = burst
         self._sent_at = monotonic()
         self._bytes += len(body)
         self._events += events
         if last_id is not None:
             self._last_id = last_id
-        self._tail = (self._tail + body)[-4:] if len(body) < 4 else body[-4:]
+        self._tail = (self._tail + body[-4:])[-4:]
 
     async def _part(self) -> None:
         """Interrupted, with a client that is perhaps still there: end the response as it should."""

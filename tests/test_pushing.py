@@ -166,25 +166,16 @@ async def test_streams_that_wait_are_not_woken(broker: Broker, pulled: list[Even
 
 
 async def test_the_event_loop_turns_meanwhile(broker: Broker) -> None:
-    turns = 0
     at: set[int] = set()
 
     async def note(send: Send, message: Message) -> None:
-        at.add(turns)
+        at.add(turns[0])
         await send(message)
 
-    async def turn() -> None:
-        nonlocal turns
-        while True:
-            await asyncio.sleep(0)
-            turns += 1
-
-    async with crowd(through(note, sse(broker)), 350) as readers:
-        turning = asyncio.create_task(turn())
+    async with turning() as turns, crowd(through(note, sse(broker)), 350) as readers:
         at.clear()
         await publish(broker, 0)
         await until(lambda: all(reader.got == [0] for reader in readers))
-        turning.cancel()
     assert len(at) >= 4
 
 
@@ -202,7 +193,7 @@ async def test_a_push_that_waits_does_not_keep_its_publisher(broker: Broker) -> 
     async with crowd(sse(broker), 1) as (reader,):
         reader.stall()
         published = await asyncio.create_task(handler())
-        await until(lambda: "Pusher._work" in repr([task.get_coro() for task in asyncio.all_tasks()]))
+        await until(lambda: bool(workers()))
         await until(lambda: gc.collect() >= 0 and published() is None)
         reader.resume()
         await until(lambda: reader.got == [0])
@@ -401,28 +392,18 @@ async def test_one_whose_send_fails_is_alone(
 
 
 async def test_sends_that_wait_do_not_take_a_turn_each(broker: Broker) -> None:
-    turns = 0
-
     async def wait(send: Send, message: Message) -> None:
         await asyncio.sleep(0)
         await send(message)
 
-    async def turn() -> None:
-        nonlocal turns
-        while True:
-            await asyncio.sleep(0)
-            turns += 1
-
-    async with crowd(through(wait, sse(broker)), 300) as readers:
+    async with turning() as turns, crowd(through(wait, sse(broker)), 300) as readers:
         await publish(broker, 0)
-        turning = asyncio.create_task(turn())
         while any(not reader.got for reader in readers[:1]):
             await asyncio.sleep(0)
-        before = turns
+        before = turns[0]
         while any(not reader.got for reader in readers):
             await asyncio.sleep(0)
-        turning.cancel()
-    assert turns - before < 30
+        assert turns[0] - before < 30
 
 
 async def test_a_push_that_is_cancelled_ends_its_stream(broker: Broker) -> None:
@@ -644,6 +625,23 @@ def test_on_a_real_server(server: str, layers: int) -> None:
         for client in clients:
             client.abort()
         live.assert_clean(len(clients) + 30)
+
+
+@asynccontextmanager
+async def turning() -> AsyncIterator[list[int]]:
+    """How often the event loop has turned."""
+
+    async def turn() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turns[0] += 1
+
+    turns = [0]
+    task = asyncio.create_task(turn())
+    try:
+        yield turns
+    finally:
+        task.cancel()
 
 
 def workers() -> list[asyncio.Task[Any]]:
