@@ -11,6 +11,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
+from functools import partial
 from types import coroutine
 from typing import Any
 
@@ -49,20 +50,22 @@ def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
 
 # Started eagerly, a watcher reads what is there already without a turn of the loop.
 _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+_Task: Any = partial(asyncio.Task, **_EAGERLY)
 
 
 class NativeLadder(Ladder):
     """Delivers by ``Task.cancel``, and takes its requests back by ``Task.uncancel``."""
 
-    _requests = 0
     _arrived = False
     _within: Any = None
-    _helpers: tuple[asyncio.Task[Any], ...] = ()
 
     def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
         super().__init__(policy, scope)
         self._task = task
         self._cancelling = task.cancelling()
+        self._requests = 0
+        self._watcher: asyncio.Task[None] | None = None
+        self._helpers: tuple[asyncio.Task[Any], ...] = ()
 
     def _swallows(self, exc: BaseException) -> bool:
         return isinstance(exc, asyncio.CancelledError) and self._requests > 0 and not self._take_back()
@@ -75,10 +78,16 @@ class NativeLadder(Ladder):
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop. They end in the next one.
-        if self._helpers and not self._task.get_loop().is_closed():
-            for helper in self._helpers:
-                helper.cancel()
-            self._helpers = ()
+        try:
+            if self._watcher is not None:
+                self._watcher.cancel()
+                self._watcher = None
+            if self._helpers:
+                for helper in self._helpers:
+                    helper.cancel()
+                self._helpers = ()
+        except RuntimeError:  # the loop is closed
+            pass
 
     def _take_back(self) -> bool:
         """Whether somebody else's request to cancel remains."""
@@ -140,7 +149,10 @@ class NativeLadder(Ladder):
         return self._yield()
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._add_helper(asyncio.Task(function(), loop=self._task.get_loop(), **_EAGERLY))
+        self._add_helper(_Task(function(), loop=self._task.get_loop()))
+
+    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._watcher = _Task(function(), loop=self._task.get_loop())
 
     def enlist(self) -> None:
         """Have the calling task end with the work at the latest, as what is spawned does."""
@@ -149,7 +161,7 @@ class NativeLadder(Ladder):
         self._add_helper(task)
 
     def _add_helper(self, helper: asyncio.Task[Any]) -> None:
-        if len(self._helpers) > 1:  # an upload has one watcher after another
+        if len(self._helpers) > 1:
             self._helpers = tuple(helper for helper in self._helpers if not helper.done())
         self._helpers += (helper,)
 

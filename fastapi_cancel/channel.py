@@ -41,6 +41,7 @@ Races, and why each is harmless:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from time import monotonic
 
 import anyio
@@ -48,7 +49,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from .exceptions import ClientGone
-from .ladder import Ladder, Timer
+from .ladder import Ladder
 from .policy import PARTING
 
 # A producer that never waits would starve the event loop where `send` does not wait either (Hypercorn),
@@ -69,28 +70,28 @@ class Channel:
     :ivar response: what goes out, once the route's handler has returned it
     """
 
-    # Defaults live in the class: most requests never change most of them.
-    started = closing = completed = interrupted = gone = False
-    response: Response | None = None
-    _ahead: Message | None = None
-    _error: Exception | None = None
-    _news: anyio.Event | None = None
-    _asked = _body_complete = _ended = _reading = False
-    _finishing = _flowing = _trailers = False
-    _headers: Iterable[tuple[bytes, bytes]] = ()
-    _left: int | None = None
-    _waits_seen = -1
-    _waited_at = 0.0
-    _writes = 0
+    interrupted = False
     _sending_since: float | None = None
-    _stall_timer: Timer | None = None
-    _end_timer: Timer | None = None
+    _stall_timer = False
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder, response: Response | None) -> None:
         self.scope = scope
         self._server_receive = receive
         self._server_send = send
         self.ladder = ladder
+        self.response = response
+        # No defaults in the class for these: CPython does not specialize a store that hides one.
+        self.started = self.closing = self.completed = self.gone = False
+        self._asked = self._body_complete = self._ended = self._reading = False
+        self._finishing = self._flowing = self._trailers = False
+        self._ahead: Message | None = None
+        self._error: Exception | None = None
+        self._news: anyio.Event | None = None
+        self._headers: Iterable[tuple[bytes, bytes]] = ()
+        self._left: int | None = None
+        self._waits_seen = -1
+        self._waited_at = 0.0
+        self._writes = 0
         ladder.watch = self.watch
 
     # -- reading -----------------------------------------------------------------------------
@@ -132,52 +133,64 @@ class Channel:
         if not self._asked and not self._flowing and _expects_continue(self.scope):
             return False
         self._reading = True
-        self.ladder.spawn(self._watch)
+        self.ladder.start_watcher(self._watch)
         return True
 
     async def _watch(self) -> None:
         try:
             while not self._ended:
-                message = await self._read()
+                message = await self._server_receive()
+                self._heard(message)
                 # httpx's ASGITransport begins with an empty piece: reading it stops nobody.
                 if message["type"] != "http.disconnect" and (self._body_complete or message.get("body")):
                     self._ahead = message
                     if not self._body_complete:
                         return self.ladder.unwatched()
+        except Exception as exc:
+            if _is_loss(exc):
+                self._heard({"type": "http.disconnect"})
+            else:
+                self._error = exc
         except BaseExceptionGroup as group:  # a task group of the middleware, perhaps cancelled at once
             self._error, rest = group.split(Exception)
             if rest is not None and rest.split(anyio.get_cancelled_exc_class())[1] is not None:
                 raise
-        except Exception as exc:
-            self._error = exc
+        finally:
+            self._reading = False
+            self._tell()
 
     async def _read(self) -> Message:
         self._reading = True
         try:
             message = await self._server_receive()
-        except OSError:
-            message = {"type": "http.disconnect"}
-        except ExceptionGroup as group:  # BaseHTTPMiddleware receives inside a task group
-            if group.split(OSError)[1] is not None:
+        except Exception as exc:
+            if not _is_loss(exc):
                 raise
             message = {"type": "http.disconnect"}
         finally:
             self._reading = False
-            if self._news is not None:
-                self._news.set()
-                self._news = None
+            self._tell()
+        self._heard(message)
+        return message
+
+    def _heard(self, message: Message) -> None:
+        self._tell()
         if message["type"] == "http.disconnect":
             self._end()
         elif not message.get("more_body", False):
             self._body_complete = True
-        return message
+
+    def _tell(self) -> None:
+        if self._news is not None:
+            self._news.set()
+            self._news = None
 
     def _end(self) -> None:
         self._ended = True
         if not self._finishing:
             self._leave()
         elif not self.completed:
-            self._end_timer = self.ladder.call_later(PARTING, self._leave)
+            self.ladder.start_timer("parting", PARTING, self._leave)
 
     def _leave(self) -> None:
         if not self.completed:
@@ -254,8 +267,9 @@ class Channel:
 
     async def _send_within(self, patience: float, message: Message) -> None:
         self._sending_since = monotonic()
-        if self._stall_timer is None:
-            self._stall_timer = self.ladder.call_later(patience, self._check_stall)
+        if not self._stall_timer:
+            self._stall_timer = True
+            self.ladder.start_timer("stall", patience, self._check_stall)
         try:
             await self._server_send(message)
         finally:
@@ -263,23 +277,21 @@ class Channel:
 
     def _check_stall(self) -> None:
         # One timer at a time, moved on when it fires: sends are many, stalls are few.
-        self._stall_timer = None
+        self._stall_timer = False
         patience = self.ladder.policy.send_timeout
         if self._sending_since is None or patience is None:
             return
         left = self._sending_since + patience - monotonic()
         if left > 0:
-            self._stall_timer = self.ladder.call_later(left, self._check_stall)
+            self._stall_timer = True
+            self.ladder.start_timer("stall", left, self._check_stall)
         else:
             self.gone = self.ladder.signal("stalled") or self.gone
 
     def close(self) -> None:
-        """The work has ended: whoever still holds on to ``receive`` is told so, no timer is left."""
+        """The work has ended: whoever still holds on to ``receive`` is told so."""
         self._ended = True
         self._ahead = self._error = None
-        for timer in (self._stall_timer, self._end_timer):
-            if timer is not None:
-                timer.cancel()
 
 
 def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
@@ -290,8 +302,17 @@ def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
     return None
 
 
+_name = itemgetter(0)
+
+
 def _expects_continue(scope: Scope) -> bool:
-    for name, value in scope["headers"]:
-        if name == b"expect":
-            return bool(value.lower() == b"100-continue")
-    return False
+    headers = scope["headers"]
+    # Asked at the first wait of every request: no loop in Python for those that expect nothing.
+    return b"expect" in map(_name, headers) and any(
+        name == b"expect" and value.lower() == b"100-continue" for name, value in headers
+    )
+
+
+def _is_loss(exc: BaseException) -> bool:
+    """Whether ``receive`` says by this that the client is gone. BaseHTTPMiddleware receives inside a task group."""
+    return isinstance(exc, OSError) or (isinstance(exc, ExceptionGroup) and exc.split(OSError)[1] is None)

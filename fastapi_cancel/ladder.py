@@ -66,6 +66,8 @@ logger = logging.getLogger("fastapi_cancel")
 # Plain integers in the order in which they are passed through: compared at every step.
 RUN, DUE, CLEAN, FORCE, DONE = range(5)
 
+_NO_TIMERS: Mapping[str, Timer] = MappingProxyType({})
+
 RUNNING = object()
 """What the work waits for while it does not wait."""
 
@@ -94,24 +96,24 @@ class Ladder(ABC):
     :ivar parting: called when the grace is over, before the cancellation
     """
 
-    # Defaults live in the class: most requests never change most of them.
-    cause: Cause | None = None
     reason = ""
     left = False
-    state = RUN
-    waits = 0
-    watch: Callable[[], bool] | None = None
-    parting: Callable[[], object] | None = None
-    _watched = False
-    _restless = True
     _insist = False
-    _waiting_for: Any = RUNNING
-    _listeners: tuple[Callable[[], object], ...] = ()
-    _timers: Mapping[str, Timer] = MappingProxyType({})
 
     def __init__(self, policy: CancelPolicy, scope: Scope) -> None:
         self.policy = policy
         self.scope = scope
+        # No defaults in the class for these: CPython does not specialize a store that hides one.
+        self.cause: Cause | None = None
+        self.state = RUN
+        self.waits = 0
+        self.watch: Callable[[], bool] | None = None
+        self.parting: Callable[[], object] | None = None
+        self._watched = False
+        self._restless = True
+        self._waiting_for: Any = RUNNING
+        self._listeners: tuple[Callable[[], object], ...] = ()
+        self._timers: Mapping[str, Timer] = _NO_TIMERS
 
     # -- causes ------------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class Ladder(ABC):
             return False
         if self.cause is not None:
             if self.state == RUN and (at_once or (self.cause in HERE and cause not in HERE)):
-                self._stop("grace")
+                self._stop_timers("grace")
                 self._cancel()
             return False
         self.cause = cause
@@ -143,7 +145,7 @@ class Ladder(ABC):
         for tell in self._listeners:
             tell()
         if self.policy.grace and not at_once:
-            self._start("grace", self.policy.grace, self._cancel)
+            self.start_timer("grace", self.policy.grace, self._cancel)
         else:
             self._cancel()
         return True
@@ -164,7 +166,7 @@ class Ladder(ABC):
         """Go on under another policy: that of a response. Its ``timeout`` starts now."""
         limit, self.policy = self.policy.timeout, policy
         if policy.timeout != limit:
-            self._stop("limit")
+            self._stop_timers("limit")
             self._start_limit()
 
     def settle(self) -> None:
@@ -183,7 +185,7 @@ class Ladder(ABC):
         """The response is out: what the client does from here on is its own affair."""
         self.state = DONE
         if self._timers:
-            self._stop(*self._timers)
+            self._stop_timers(*self._timers)
 
     def others_cancel(self) -> bool:
         """Whether somebody else's cancellation is under way in the work, which no error may replace (C14).
@@ -254,7 +256,7 @@ class Ladder(ABC):
         self.watch = self.parting = self._waiting_for = None
         self._listeners = ()
         if self._timers:
-            self._stop(*self._timers)
+            self._stop_timers(*self._timers)
         if self.cause is not None:
             ending.pop(self, None)
 
@@ -274,7 +276,7 @@ class Ladder(ABC):
                 self.parting()
             self.state = DUE
             self._restless = True
-            self._start("overdue", self.policy.cleanup_timeout, self._overdue)
+            self.start_timer("overdue", self.policy.cleanup_timeout, self._overdue)
             self._attempt()
 
     def _attempt(self) -> None:
@@ -286,7 +288,7 @@ class Ladder(ABC):
 
     def _interrupted(self, cleanup_timeout: float) -> None:
         self.state = CLEAN
-        self._start("overdue", cleanup_timeout, self._overdue)
+        self.start_timer("overdue", cleanup_timeout, self._overdue)
 
     def _overdue(self) -> None:
         due = self.state == DUE
@@ -318,13 +320,13 @@ class Ladder(ABC):
 
     def _start_limit(self) -> None:
         if self.policy.timeout is not None:
-            self._start("limit", self.policy.timeout, lambda: self.signal("timeout"))
+            self.start_timer("limit", self.policy.timeout, lambda: self.signal("timeout"))
 
-    def _start(self, name: str, seconds: float, function: Callable[[], object]) -> None:
-        self._stop(name)
+    def start_timer(self, name: str, seconds: float, function: Callable[[], object]) -> None:
+        self._stop_timers(name)
         self._timers = {**self._timers, name: self.call_later(seconds, function)}
 
-    def _stop(self, *names: str) -> None:
+    def _stop_timers(self, *names: str) -> None:
         for name in names:
             if (timer := self._timers.get(name)) is not None:
                 timer.cancel()
@@ -358,6 +360,10 @@ class Ladder(ABC):
     @abstractmethod
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``function`` beside the work; it ends with the work at the latest."""
+
+    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """``spawn`` what watches the client: one at a time, an upload has one after another."""
+        self.spawn(function)
 
     @abstractmethod
     def call_later(self, seconds: float, function: Callable[[], object]) -> Timer:

@@ -48,7 +48,7 @@ async def protect(
     To ``app`` this is an ASGI 2.4 server, whatever the real one says of itself. A request that is
     protected already goes on as it is, under the new policy.
     """
-    if (around := channel_of(scope)) is not None:
+    if (around := scope.get(KEY)) is not None:
         before = around.ladder.policy
         around.ladder.adopt(policy)
         await app(scope, receive, send)
@@ -56,8 +56,7 @@ async def protect(
             around.ladder.adopt(before)
         return
     ladder = ladder_for(policy, scope)
-    channel = Channel(scope, receive, send, ladder)
-    channel.response = response
+    channel = Channel(scope, receive, send, ladder, response)
     asgi = scope.get("asgi")  # Starlette's TestClient gives none
     scope["asgi"] = {**(asgi or {}), "spec_version": "2.4"}
     scope[KEY] = channel

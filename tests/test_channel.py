@@ -417,11 +417,11 @@ async def test_a_watcher_that_has_its_news_at_once(monkeypatch: pytest.MonkeyPat
     """From Python 3.12 on it is started eagerly; here by hand, for those before."""
     seen: list[str] = []
 
-    def spawn(self: NativeLadder, function: Callable[[], Any]) -> None:
+    def start_watcher(self: NativeLadder, function: Callable[[], Any]) -> None:
         with pytest.raises(StopIteration):
             function().send(None)
 
-    monkeypatch.setattr(NativeLadder, "spawn", spawn)
+    monkeypatch.setattr(NativeLadder, "start_watcher", start_watcher)
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -505,7 +505,7 @@ async def test_an_upload_keeps_no_watcher_for_each_of_its_pieces() -> None:
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         async for _ in Request(scope, receive).stream():
             await turns(3)
-        assert len(getattr(scope["fastapi_cancel"].ladder, "_helpers", ())) < 4
+        assert not getattr(scope["fastapi_cancel"].ladder, "_helpers", ())
         await answer(send)
 
     await asking(protected(work), content=[b"x"] * 200)
