@@ -14,7 +14,11 @@ from .harness import BASE, Ratio, Section, at_least, interleave, ratio, shown, t
 from .server import CORES, SERVER, Server
 
 CONNECTIONS = 16
-ROWS = [("never waits", "/never"), ("waits, `asyncio.sleep(0.001)`", "/sleep")]
+ROWS = [
+    ("never waits", "/never"),
+    ("waits for one turn of the loop, `sleep(0)`", "/turn"),
+    ("waits for a timer, `sleep(0.001)`", "/sleep"),
+]
 
 
 def run(quick: bool) -> Section:

@@ -187,15 +187,16 @@ class Channel:
 
     def _end(self) -> None:
         self._ended = True
-        if not self._finishing:
-            self._leave()
-        elif not self.completed:
+        if self.completed:
+            return
+        if self._finishing:
             self.ladder.start_timer("parting", PARTING, self._leave)
+        else:
+            self._leave()
 
     def _leave(self) -> None:
-        if not self.completed:
-            self.gone = True
-            self.ladder.signal("disconnect")
+        self.gone = True
+        self.ladder.signal("disconnect")
 
     async def _wait_for_news(self) -> None:
         if self._news is None:

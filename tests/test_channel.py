@@ -247,6 +247,20 @@ async def test_oserror_from_receive_means_gone(error: Exception) -> None:
     assert seen == ["cleaned"]
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("by peer"), ExceptionGroup("a middleware's", [ConnectionResetError("by peer")])]
+)
+async def test_oserror_from_a_read_of_the_application_means_gone(error: Exception) -> None:
+    """C4, C6: in the middle of an upload."""
+    seen: list[str] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([(await receive())["type"] for _ in range(2)])
+
+    await asking(protected(work, failing(error)), content=[b"a"], leave=before_body())
+    assert seen == ["http.disconnect"] * 2
+
+
 @pytest.mark.parametrize("error", [RuntimeError("boom"), ExceptionGroup("", [RuntimeError("boom"), OSError()])])
 async def test_another_error_from_receive_reaches_whoever_reads(error: Exception) -> None:
     """C6: the watcher keeps it; a handler that never reads is not disturbed."""
