@@ -78,16 +78,13 @@ class NativeLadder(Ladder):
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop. They end in the next one.
-        try:
+        if (self._watcher is not None or self._helpers) and not self._task.get_loop().is_closed():
             if self._watcher is not None:
                 self._watcher.cancel()
                 self._watcher = None
-            if self._helpers:
-                for helper in self._helpers:
-                    helper.cancel()
-                self._helpers = ()
-        except RuntimeError:  # the loop is closed
-            pass
+            for helper in self._helpers:
+                helper.cancel()
+            self._helpers = ()
 
     def _take_back(self) -> bool:
         """Whether somebody else's request to cancel remains."""

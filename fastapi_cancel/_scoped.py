@@ -129,7 +129,7 @@ class GroupLadder(Ladder):
         self._group.start_soon(_two_turns_later, function)
 
     def call_later(self, seconds: float, function: Callable[[], object]) -> anyio.CancelScope:
-        timer = anyio.CancelScope()
+        timer = anyio.CancelScope(shield=True)  # a cancellation from further out does not take the cleanup its end
         self._group.start_soon(sleep_then, timer, seconds, function)
         return timer
 

@@ -3,12 +3,11 @@
 Theory of operation
 ===================
 
-**Reading.** Only ``_read`` calls the server's ``receive``, and never twice at a time (``_reading``). It
-is called by one of two:
+**Reading.** One of two calls the server's ``receive``, never both at a time (``_reading``):
 
-- the *application*, when it asks for a message while the body is not complete and nobody is reading.
+- the *application* (``_read``), when it asks for a message while the body is not complete and nobody is reading.
   The usual request body, which came with its headers, costs nothing extra this way;
-- the *watcher*, a helper of the ladder. It is started by the work's first wait that is not itself such
+- the *watcher* (``_watch``), beside the work. It is started by the work's first wait that is not itself such
   a read, keeps at most one message (``_ahead``) for the application, and stops while that is a piece of
   an unfinished body: back-pressure stays with the server. The work's next wait starts it again, or the
   end of a read by another task of the application.

@@ -91,6 +91,33 @@ async def run(kind: str, work: Work, started: anyio.Event, cause: Any = "disconn
     return ladders[0]
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("anyio_backend", ["asyncio-group", "trio-group"], indirect=True)
+async def test_a_cleanup_that_hangs_is_forced_though_the_server_cancels_meanwhile(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """C7, C14: what unwinds from an error of its own is shielded from the server."""
+    hanging = anyio.Event()
+
+    async def work() -> None:
+        ladder.signal("disconnect")
+        ladder.settle()
+        hanging.set()
+        await anyio.sleep_forever()
+
+    async def cancel() -> None:
+        await hanging.wait()
+        server.cancel()
+
+    with anyio.CancelScope() as server:
+        ladder = make(kind, cleanup_timeout=0.1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(cancel)
+            await ladder.run(work())
+    assert "cleanup not finished after 0.1 s" in caplog.text
+    assert ladder.state == DONE
+
+
 async def test_the_work_is_cancelled_once_and_its_cleanup_awaits(kind: str, edge: bool) -> None:
     """C7."""
     started, seen = anyio.Event(), list[Any]()
