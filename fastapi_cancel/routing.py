@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .remote import Stoppable
 
 
+_UNKNOWN: Any = object()
+
+
 class CancellableRoute(APIRoute):
     """An ``APIRoute`` that cannot be told from one while the client stays.
 
@@ -61,17 +64,18 @@ class CancellableRoute(APIRoute):
         self._declared = endpoint
         wrapped = closing(endpoint)
         self._yields = wrapped is not endpoint
+        self._in_force: CancelPolicy | None = _UNKNOWN
         super().__init__(path, wrapped, **kwargs)
         if self.stoppable is not None:
             self.stoppable.check(path, self.param_convertors)
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        policy = policy_of(self._declared, self.policy)
-        if policy is None:
+    def handle(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+        if self._in_force is _UNKNOWN:  # not before the first request: decorators may come in any order
+            self._in_force = policy_of(self._declared, self.policy)
+        if self._in_force is None:
             scope[KEY] = None
-            await super().handle(scope, receive, send)
-        else:
-            await protect(super().handle if self.stoppable is None else self._run, scope, receive, send, policy)
+            return super().handle(scope, receive, send)
+        return protect(super().handle if self.stoppable is None else self._run, scope, receive, send, self._in_force)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.stoppable is not None
