@@ -71,7 +71,7 @@ class Channel:
 
     interrupted = False
     _sending_since: float | None = None
-    _stall_timer = False
+    _stall_watched = False
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder, response: Response | None) -> None:
         self.scope = scope
@@ -173,7 +173,7 @@ class Channel:
         return message
 
     def _heard(self, message: Message) -> None:
-        self._tell()
+        self._tell()  # before any signal: see the races above
         if message["type"] == "http.disconnect":
             self._end()
         elif not message.get("more_body", False):
@@ -267,8 +267,8 @@ class Channel:
 
     async def _send_within(self, patience: float, message: Message) -> None:
         self._sending_since = monotonic()
-        if not self._stall_timer:
-            self._stall_timer = True
+        if not self._stall_watched:
+            self._stall_watched = True
             self.ladder.start_timer("stall", patience, self._check_stall)
         try:
             await self._server_send(message)
@@ -277,13 +277,13 @@ class Channel:
 
     def _check_stall(self) -> None:
         # One timer at a time, moved on when it fires: sends are many, stalls are few.
-        self._stall_timer = False
+        self._stall_watched = False
         patience = self.ladder.policy.send_timeout
         if self._sending_since is None or patience is None:
             return
         left = self._sending_since + patience - monotonic()
         if left > 0:
-            self._stall_timer = True
+            self._stall_watched = True
             self.ladder.start_timer("stall", left, self._check_stall)
         else:
             self.gone = self.ladder.signal("stalled") or self.gone
@@ -313,6 +313,6 @@ def _expects_continue(scope: Scope) -> bool:
     )
 
 
-def _is_loss(exc: BaseException) -> bool:
+def _is_loss(exc: Exception) -> bool:
     """Whether ``receive`` says by this that the client is gone. BaseHTTPMiddleware receives inside a task group."""
     return isinstance(exc, OSError) or (isinstance(exc, ExceptionGroup) and exc.split(OSError)[1] is None)
