@@ -69,13 +69,15 @@ class CancellableRoute(APIRoute):
         if self.stoppable is not None:
             self.stoppable.check(path, self.param_convertors)
 
-    def handle(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._in_force is _UNKNOWN:  # not before the first request: decorators may come in any order
             self._in_force = policy_of(self._declared, self.policy)
         if self._in_force is None:
             scope[KEY] = None
-            return super().handle(scope, receive, send)
-        return protect(super().handle if self.stoppable is None else self._run, scope, receive, send, self._in_force)
+            await super().handle(scope, receive, send)
+        else:
+            app = super().handle if self.stoppable is None else self._run
+            await protect(app, scope, receive, send, self._in_force)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.stoppable is not None

@@ -109,8 +109,8 @@ async def test_a_cleanup_that_hangs_is_forced_though_the_server_cancels_meanwhil
         await hanging.wait()
         server.cancel()
 
+    ladder = make(kind, cleanup_timeout=0.1)
     with anyio.CancelScope() as server:
-        ladder = make(kind, cleanup_timeout=0.1)
         async with anyio.create_task_group() as group:
             group.start_soon(cancel)
             await ladder.run(work())
