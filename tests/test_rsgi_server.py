@@ -223,6 +223,11 @@ def test_an_expected_continue_is_not_invited_by_reading_ahead(rsgi: LiveServer) 
 # -- clients that do not read --------------------------------------------------------------------
 
 
+def slow_client(live: LiveServer, path: str) -> RawClient:
+    """One whose receive buffer stays small: Linux lets it grow to more than is left of a flood."""
+    return live.open(path, receive_buffer=256 << 10)
+
+
 def wait_until_stuck(live: LiveServer) -> None:
     """Wait until one `send` has waited for 0.2 s."""
     live.wait_for("/stats", sending=lambda sending: any(seconds > 0.2 for seconds in sending))
@@ -238,7 +243,7 @@ def skip(client: RawClient, size: int) -> None:
 def test_what_a_client_may_hold_has_a_bound(rsgi: LiveServer, path: str) -> None:
     """C18, HenryLach/taskplane#664: RSGI takes whatever it is given. Whoever reads again goes on."""
     before = rsgi.json("/stats")["memory"]
-    client = rsgi.open(path)
+    client = slow_client(rsgi, path)
     rsgi.wait_for("/stats", started=1)
     for _ in range(3):
         wait_until_stuck(rsgi)
@@ -251,7 +256,7 @@ def test_what_a_client_may_hold_has_a_bound(rsgi: LiveServer, path: str) -> None
 
 def test_a_client_leaves_when_its_stream_is_nearly_through(more: LiveServer) -> None:
     """C11: be it before the last chunk, or while the generator already cleans up because it is at its end."""
-    client = more.open("/flood")
+    client = slow_client(more, "/flood")
     more.wait_for("/stats", started=1)
     for _ in range(3):
         wait_until_stuck(more)
