@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import Request, Response
@@ -19,9 +20,6 @@ from .shutdown import draining, is_event_stream
 
 if TYPE_CHECKING:
     from .remote import Stoppable
-
-
-_UNKNOWN: Any = object()
 
 
 class CancellableRoute(APIRoute):
@@ -64,14 +62,16 @@ class CancellableRoute(APIRoute):
         self._declared = endpoint
         wrapped = closing(endpoint)
         self._yields = wrapped is not endpoint
-        self._in_force: CancelPolicy | None = _UNKNOWN
         super().__init__(path, wrapped, **kwargs)
         if self.stoppable is not None:
             self.stoppable.check(path, self.param_convertors)
 
+    @cached_property
+    def _in_force(self) -> CancelPolicy | None:
+        # At the first request, not before: decorators may come in any order.
+        return policy_of(self._declared, self.policy)
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._in_force is _UNKNOWN:  # not before the first request: decorators may come in any order
-            self._in_force = policy_of(self._declared, self.policy)
         if self._in_force is None:
             scope[KEY] = None
             await super().handle(scope, receive, send)
