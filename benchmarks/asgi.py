@@ -16,11 +16,16 @@ LONG = 0.01  # seconds
 
 
 class Call:
-    """One request, made ready before the clock starts. Its client stays until the end."""
+    """One request, made ready before the clock starts. Its client stays until the end.
 
-    __slots__ = ("message", "scope")
+    ``receive`` is what Hypercorn and Daphne give to an application.
 
-    def __init__(self, path: str) -> None:
+    :param handed_on: ``receive`` is a middleware's, which awaits that of the server
+    """
+
+    __slots__ = ("receive", "scope")
+
+    def __init__(self, path: str, handed_on: bool = False) -> None:
         path, _, query = path.partition("?")
         body = BODY if path == "/body" else b""
         headers = [
@@ -50,23 +55,22 @@ class Call:
             "headers": headers,
             "state": {},
         }
-        self.message: dict[str, Any] | None = {"type": "http.request", "body": body, "more_body": False}
+        messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
 
-    async def receive(self) -> dict[str, Any]:
-        message, self.message = self.message, None
-        if message is None:
-            await asyncio.get_running_loop().create_future()
-            raise AssertionError("the client stays")
-        return message
+        async def hand_on() -> dict[str, Any]:
+            return await messages.get()
+
+        self.receive = hand_on if handed_on else messages.get
 
 
 async def discard(message: Any) -> None:
     """A ``send`` that never waits."""
 
 
-def cpu_of(loop: asyncio.AbstractEventLoop, app: FastAPI, path: str, calls: int) -> float:
+def cpu_of(loop: asyncio.AbstractEventLoop, app: FastAPI, path: str, calls: int, handed_on: bool = False) -> float:
     """CPU seconds that so many requests take, from their tasks' start until nothing of them is left."""
-    return loop.run_until_complete(_cpu_of(app, [Call(path) for _ in range(calls)]))
+    return loop.run_until_complete(_cpu_of(app, [Call(path, handed_on) for _ in range(calls)]))
 
 
 async def _cpu_of(app: FastAPI, calls: list[Call]) -> float:

@@ -9,6 +9,7 @@ from .apps import OURS, PEERS_MISSING, VARIANTS, build
 from .asgi import answer, cpu_of
 from .harness import BASE, Section, at_most, interleave, ratios, shown, typical
 
+HANDED_ON = "?handed-on"
 CALLS = 64  # a slice, all of them at the same time
 
 ROWS: list[tuple[str, str, int, float | None]] = [
@@ -16,6 +17,7 @@ ROWS: list[tuple[str, str, int, float | None]] = [
     ("waits for one turn of the loop, `sleep(0)`", "/turn", 0, 1.25),
     ("waits for another callback", "/wait", 0, 1.25),
     ("waits for another callback, 10 ms", "/wait-long", 0, 1.25),
+    ("waits for another callback, a `receive` that a middleware hands on", f"/wait{HANDED_ON}", 0, None),
     ("POST, a JSON body", "/body", 0, 1.20),
     ("never waits, one `BaseHTTPMiddleware` around", "/never", 1, None),
     ("waits, one `BaseHTTPMiddleware` around", "/wait", 1, None),
@@ -33,7 +35,8 @@ def run(quick: bool) -> Section:
         apps = {variant: build(variant, layers) for variant in VARIANTS}
         for app in apps.values():
             answer(loop, app, path)
-        variants = {name: partial(cpu_of, loop, app, path, CALLS) for name, app in apps.items()}
+        handed_on = path.endswith(HANDED_ON)
+        variants = {name: partial(cpu_of, loop, app, path, CALLS, handed_on) for name, app in apps.items()}
         costs = interleave(variants, rounds=20 if quick else 100, warm=5)
         for who, value in ratios(costs).items():
             if who == OURS and budget is not None:

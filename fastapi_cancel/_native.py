@@ -14,9 +14,11 @@ from contextlib import suppress
 from functools import partial
 from types import coroutine
 from typing import Any
+from weakref import ref
 
-from starlette.types import Scope
+from starlette.types import Receive, Scope
 
+from ._stepper import Stepper, only_waits
 from .exceptions import RequestCancelled
 from .ladder import DUE, FORCE, RUNNING, Ladder
 from .policy import CancelPolicy
@@ -33,7 +35,8 @@ def has_scope(task: asyncio.Task[Any]) -> bool:
     """Whether ``task`` runs inside an AnyIO cancel scope, as far as can be told."""
     if _states is None:
         return True
-    state = _states.get(task)
+    states = _states.data  # of a WeakKeyDictionary, whose `get` would be a call more; often empty
+    state = states.get(ref(task)) if states else None
     return state is not None and state.cancel_scope is not None
 
 
@@ -64,7 +67,7 @@ class NativeLadder(Ladder):
         self._task = task
         self._cancelling = task.cancelling()
         self._requests = 0
-        self._watcher: asyncio.Task[None] | None = None
+        self._watcher: asyncio.Task[None] | Stepper | None = None
         self._helpers: tuple[asyncio.Task[Any], ...] = ()
 
     def _swallows(self, exc: BaseException) -> bool:
@@ -148,8 +151,15 @@ class NativeLadder(Ladder):
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._add_helper(_Task(function(), loop=self._task.get_loop()))
 
-    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._watcher = _Task(function(), loop=self._task.get_loop())
+    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]], receive: Receive) -> None:
+        watching = function()
+        self._watcher = Stepper(watching) if only_waits(receive) else _Task(watching, loop=self._task.get_loop())
+
+    def pause_watcher(self) -> None:
+        if isinstance(self._watcher, Stepper) and self.in_host():
+            self._watcher.cancel()
+            self._watcher = None
+            self.unwatched()
 
     def enlist(self) -> None:
         """Have the calling task end with the work at the latest, as what is spawned does."""

@@ -10,7 +10,8 @@ Theory of operation
 - the *watcher* (``_watch``), beside the work. It is started by the work's first wait that is not itself such
   a read, keeps at most one message (``_ahead``) for the application, and stops while that is a piece of
   an unfinished body: back-pressure stays with the server. The work's next wait starts it again, or the
-  end of a read by another task of the application.
+  end of a read by another task of the application. It may pause while the last message goes out: that is
+  seldom a wait, and uvicorn would wake it only to say that the response is complete.
 
 Once the body is complete, only the watcher reads, so that a peek (``request.is_disconnected()`` asks
 under a cancelled scope) never cancels the server's ``receive``: Hypercorn and Daphne deliver
@@ -47,15 +48,10 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from ._pieces import Pieces
 from .exceptions import ClientGone
 from .ladder import Ladder
 from .policy import PARTING
-
-# A producer that never waits would starve the event loop where `send` does not wait either (Hypercorn),
-# and write on to a connection that is lost: asyncio logs that from the fifth write on. So, without a wait
-# in between, there are at the most:
-MAX_SECONDS = 0.05
-MAX_WRITES = 3
 
 
 class Channel:
@@ -80,17 +76,14 @@ class Channel:
         self.ladder = ladder
         self.response = response
         # No defaults in the class for these: CPython does not specialize a store that hides one.
-        self.started = self.closing = self.completed = self.gone = False
+        self.closing = self.completed = self.gone = False
         self._asked = self._body_complete = self._ended = self._reading = False
         self._finishing = self._flowing = self._trailers = False
         self._ahead: Message | None = None
         self._error: Exception | None = None
         self._news: anyio.Event | None = None
-        self._headers: Iterable[tuple[bytes, bytes]] = ()
-        self._left: int | None = None
-        self._waits_seen = -1
-        self._waited_at = 0.0
-        self._writes = 0
+        self._start: Message | None = None
+        self._pieces: Pieces | None = None
         ladder.watch = self.watch
 
     # -- reading -----------------------------------------------------------------------------
@@ -129,10 +122,10 @@ class Channel:
             return True
         if self._reading or (self._ahead is not None and not self._body_complete):
             return False
-        if not self._asked and not self._flowing and _expects_continue(self.scope):
+        if not self._asked and not self._flowing and _expects_continue(self.scope["headers"]):
             return False
         self._reading = True
-        self.ladder.start_watcher(self._watch)
+        self.ladder.start_watcher(self._watch, self._server_receive)
         return True
 
     async def _watch(self) -> None:
@@ -213,26 +206,16 @@ class Channel:
         last = False
         if kind == "http.response.body":
             if message.get("more_body", False):
-                if self.ladder.waits != self._waits_seen:
-                    self._waits_seen = self.ladder.waits
-                    self._waited_at = monotonic()
-                    self._writes = 1
-                elif self._writes < MAX_WRITES and monotonic() - self._waited_at < MAX_SECONDS:
-                    self._writes += 1
-                else:
+                pieces = self._pieces or self._begin_pieces()
+                if pieces.too_fast(self.ladder.waits):
                     await self.ladder.turn()
                     if not self.gone:  # Hypercorn hears of it a turn later
                         await self.ladder.turn()
-                if not self._flowing:
-                    self._left = _content_length(self._headers)
-                if self._left is not None:
-                    self._left -= len(message.get("body", b""))
-                    last = self._left <= 0 and not self._trailers
+                last = pieces.is_last(message.get("body", b"")) and not self._trailers
             else:
                 last = not self._trailers
         elif kind == "http.response.start":
-            self.started = not self.gone
-            self._headers = message.get("headers", ())
+            self._start = message if not self.gone else None
             if "trailers" in message:
                 self._trailers = message["trailers"]
         else:
@@ -246,6 +229,8 @@ class Channel:
             return  # all that was announced is out, and on Hypercorn's HTTP/2 this might never return
         if last:
             self._finishing = self.closing = True
+            if self._reading:
+                self.ladder.pause_watcher()  # uvicorn would wake it, to say that the response is complete
         try:
             if self.ladder.policy.send_timeout is None:
                 await self._server_send(message)
@@ -262,8 +247,19 @@ class Channel:
         if last:
             self.completed = True
             self.ladder.complete()
+            if not message.get("more_body", False):
+                self.ladder.watch = None  # nobody will send again
         elif not self._flowing and kind == "http.response.body":
             self._flowing = True
+
+    @property
+    def started(self) -> bool:
+        """Whether the response has begun, so that no other can."""
+        return self._start is not None
+
+    def _begin_pieces(self) -> Pieces:
+        self._pieces = Pieces(self._start.get("headers", ()) if self._start is not None else ())
+        return self._pieces
 
     async def _send_within(self, patience: float, message: Message) -> None:
         self._sending_since = monotonic()
@@ -294,19 +290,10 @@ class Channel:
         self._ahead = self._error = None
 
 
-def _content_length(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    """How many bytes a response has: with the last of them it is complete, whatever its iterator still does."""
-    for name, value in headers:
-        if name.lower() == b"content-length" and value.isdigit():
-            return int(value)
-    return None
-
-
 _name = itemgetter(0)
 
 
-def _expects_continue(scope: Scope) -> bool:
-    headers = scope["headers"]
+def _expects_continue(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     # Asked at the first wait of every request: no loop in Python for those that expect nothing.
     return b"expect" in map(_name, headers) and any(
         name == b"expect" and value.lower() == b"100-continue" for name, value in headers

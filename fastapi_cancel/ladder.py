@@ -50,13 +50,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from types import MappingProxyType, coroutine
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from starlette.types import Scope
+from starlette.types import Receive, Scope
 
 from .policy import HERE, CancelPolicy, Cause
 
@@ -83,7 +83,7 @@ class Timer(Protocol):
     def cancel(self) -> None: ...
 
 
-class Ladder(ABC):
+class Ladder:  # no `ABC`: CPython does not specialize the making of what has a metaclass
     """One request's way from a cause to a finished cleanup.
 
     :param policy: how it ends early
@@ -207,9 +207,10 @@ class Ladder(ABC):
             self._start_watching()
 
     def _start_watching(self) -> None:
-        self._watched = True
-        if self.watch is not None and not self.watch():
-            self.unwatched()
+        if not self._watched and self.watch is not None:
+            self._watched = True
+            if not self.watch():
+                self.unwatched()
 
     def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
         """Run the work. Our own cancellation ends here; everything else passes."""
@@ -253,7 +254,7 @@ class Ladder(ABC):
     def _end(self) -> None:
         """The work has ended. Leaves no timer, and no reference cycle: the request is freed at once."""
         self.state = DONE
-        self.watch = self.parting = self._waiting_for = None
+        self.watch = self.parting = None
         self._listeners = ()
         if self._timers:
             self._stop_timers(*self._timers)
@@ -262,8 +263,7 @@ class Ladder(ABC):
 
     def _on_wait(self) -> None:
         self._restless = False
-        if not self._watched:
-            self._start_watching()  # which may have news at once
+        self._start_watching()  # which may have news at once
         if self.state in (DUE, FORCE):
             self._restless = True
             self._call_soon(self._attempt)
@@ -361,9 +361,12 @@ class Ladder(ABC):
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``function`` beside the work; it ends with the work at the latest."""
 
-    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """``spawn`` what watches the client: one at a time, an upload has one after another."""
+    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]], receive: Receive) -> None:
+        """``spawn`` what watches the client by this ``receive``: one at a time, an upload has one after another."""
         self.spawn(function)
+
+    def pause_watcher(self) -> None:
+        """End the watcher if that can be done at once, and the work's next wait is sure to start another."""
 
     @abstractmethod
     def call_later(self, seconds: float, function: Callable[[], object]) -> Timer:
@@ -373,5 +376,5 @@ class Ladder(ABC):
     def _call_soon(self, function: Callable[[], object]) -> None:
         """Call ``function`` once the work's present step is over."""
 
-    def _thrown(self, exc: BaseException) -> None:  # noqa: B027
+    def _thrown(self, exc: BaseException) -> None:
         """The work is about to receive an exception at its wait."""

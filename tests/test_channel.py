@@ -431,7 +431,7 @@ async def test_a_watcher_that_has_its_news_at_once(monkeypatch: pytest.MonkeyPat
     """From Python 3.12 on it is started eagerly; here by hand, for those before."""
     seen: list[str] = []
 
-    def start_watcher(self: NativeLadder, function: Callable[[], Any]) -> None:
+    def start_watcher(self: NativeLadder, function: Callable[[], Any], receive: Receive) -> None:
         with pytest.raises(StopIteration):
             function().send(None)
 

@@ -1,0 +1,281 @@
+"""A watcher without a task. In process, but for the last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import FunctionType
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from fastapi_cancel import CancelPolicy, Cause, channel
+from fastapi_cancel._stepper import only_waits
+from fastapi_cancel.protect import KEY, protect
+
+from .conftest import Start, assert_nothing_left
+
+pytestmark = pytest.mark.anyio
+
+LEFT = {"type": "http.disconnect"}
+Work = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def discard(message: Message) -> None:
+    pass
+
+
+async def serve(work: Any, receive: Receive, send: Send = discard) -> None:
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    await protect(work, scope, receive, send, CancelPolicy())
+
+
+def tasks() -> int:
+    return len(asyncio.all_tasks())
+
+
+async def through(queue: asyncio.Queue[Message]) -> Message:
+    """As a middleware hands it on: within the task that calls it, as far as it knows."""
+    async with asyncio.timeout(5):
+        return await queue.get()
+
+
+@pytest.mark.parametrize("plain", [True, False])
+async def test_a_receive_that_only_waits_is_watched_without_a_task(plain: bool) -> None:
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[Any] = []
+    before = tasks()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            waiting = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(0.01, lambda: seen.append(tasks() - before))
+            asyncio.get_running_loop().call_later(0.02, messages.put_nowait, LEFT)
+            await waiting
+        finally:
+            await asyncio.sleep(0.01)
+            seen.append(scope[KEY].ladder.cause)
+
+    await serve(work, messages.get if plain else lambda: through(messages))
+    assert seen == [0 if plain else 1, "disconnect"]
+
+
+async def test_the_client_has_left_before_the_first_wait() -> None:
+    """It is heard in the middle of the work's own step, which cannot take a cancellation then."""
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    messages.put_nowait({"type": "http.request", "body": b""})
+    messages.put_nowait(LEFT)
+    seen: list[str] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await asyncio.sleep(0)
+            seen.append("cleaned")
+
+    await serve(work, messages.get)
+    assert seen == ["cleaned"]
+
+
+def readers(messages: asyncio.Queue[Message]) -> int:
+    return len(messages._getters)  # type: ignore[attr-defined]
+
+
+async def test_nothing_is_left_of_it_when_the_work_has_ended() -> None:
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        seen.append(readers(messages))
+
+    await serve(work, messages.get)
+    seen.append(readers(messages))
+    seen.append(len(asyncio.get_running_loop()._ready))  # type: ignore[attr-defined]
+    assert seen == [1, 0, 0]
+
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+END = {"type": "http.response.body"}
+
+
+async def test_nobody_reads_while_the_last_message_goes_out_or_after_it() -> None:
+    """uvicorn wakes whoever does, to say that the response is complete."""
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        for message in (START, END):
+            await send(message)
+        await asyncio.sleep(0.001)  # a background task's
+        seen.append(readers(messages))
+
+    async def send(message: Message) -> None:
+        seen.append(readers(messages))
+
+    await serve(work, messages.get, send)
+    assert seen == [1, 0, 0]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+async def test_what_has_a_content_length_may_still_send_when_that_is_out(watched: bool) -> None:
+    """On Hypercorn's HTTP/2 a `send` to a client that has left meanwhile might never return."""
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        if watched:
+            await asyncio.sleep(0.001)
+        await send({**START, "headers": [(b"content-length", b"3")]})
+        await send({**END, "body": b"all", "more_body": True})
+        asyncio.get_running_loop().call_soon(messages.put_nowait, LEFT)
+        await asyncio.sleep(0.001)
+        await send(END)
+
+    async def send(message: Message) -> None:
+        seen.append(len(message.get("body", b"")))
+
+    await serve(work, messages.get, send)
+    assert seen == [0, 3]
+
+
+@pytest.mark.parametrize("by", ["the work", "a task of its own"])
+async def test_a_client_that_leaves_while_the_last_message_goes_out(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """Hypercorn's `send` never returns then, on HTTP/2."""
+    monkeypatch.setattr(channel, "PARTING", 0.01)
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    cause: list[Cause | None] = []
+
+    async def answer(send: Send) -> None:
+        for message in (START, END):
+            await send(message)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        try:
+            await (answer(send) if by == "the work" else asyncio.create_task(answer(send)))
+        finally:
+            cause.append(scope[KEY].ladder.cause)
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            asyncio.get_running_loop().call_later(0.01, messages.put_nowait, LEFT)
+            await asyncio.get_running_loop().create_future()
+
+    await asyncio.wait_for(serve(work, messages.get, send), 5)
+    assert cause == ["disconnect"]
+
+
+async def test_a_message_that_comes_as_the_work_ends_stays_with_the_server() -> None:
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        messages.put_nowait(LEFT)  # wakes the watcher, in the next turn
+
+    await serve(work, messages.get)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert messages.get_nowait() == LEFT
+
+
+async def test_pieces_of_a_body_are_read_ahead_one_at_a_time() -> None:
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    for number in range(3):
+        messages.put_nowait({"type": "http.request", "body": b"%d" % number, "more_body": number < 2})
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+            left = messages.qsize()
+            seen.append(((await receive())["body"], left))
+
+    await serve(work, messages.get)
+    assert seen == [(b"0", 2), (b"1", 1), (b"2", 0)]
+
+
+async def test_whoever_waits_for_the_watcher_is_told_by_the_end_of_the_work() -> None:
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    messages.put_nowait({"type": "http.request", "body": b""})
+    readers: list[asyncio.Task[Message]] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        readers.append(asyncio.create_task(receive()))  # type: ignore[arg-type]
+        await asyncio.sleep(0.001)
+
+    await serve(work, messages.get)
+    assert await asyncio.wait_for(readers[0], 5) == LEFT
+
+
+async def test_a_wait_that_the_server_cancels_ends_the_watching_quietly() -> None:
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    cause: list[Cause | None] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        messages._getters[0].cancel()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.001)
+        cause.append(scope[KEY].ladder.cause)
+
+    logged: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    await serve(work, messages.get)
+    assert (cause, logged) == ([None], [])
+
+
+def of_uvicorn(function: Callable[..., Any]) -> Receive:
+    """A `receive` of a server that may be uvicorn's, as far as its name goes."""
+    named = FunctionType(function.__code__, function.__globals__ | {"__name__": "uvicorn.protocols.http.h11_impl"})
+    assert named.__module__ == "uvicorn.protocols.http.h11_impl"
+    cycle = type("Cycle", (), {"receive": named})()
+    return cycle.receive  # type: ignore[no-any-return]
+
+
+async def test_a_uvicorn_that_does_what_we_have_not_read_gets_a_task() -> None:
+    async def as_read(self: Any) -> Any:
+        if not self.disconnected:
+            self.flow.resume_reading()
+            await self.message_event.wait()
+
+    async def otherwise(self: Any) -> Any:
+        async with asyncio.timeout(5):
+            await self.message_event.wait()
+
+    async def receive() -> Message:
+        return LEFT
+
+    assert only_waits(of_uvicorn(as_read))
+    assert not only_waits(of_uvicorn(otherwise))
+    assert not only_waits(receive)
+
+
+@pytest.mark.parametrize(
+    ("server", "middleware", "alone"),
+    [
+        ("uvicorn", 0, True),
+        ("uvicorn-h11", 0, True),
+        ("uvicorn-uvloop", 0, True),
+        ("hypercorn", 0, True),
+        ("daphne", 0, True),
+        ("granian", 0, False),
+        ("uvicorn", 5, False),
+    ],
+)
+def test_who_needs_no_task_on_a_server(running: Start, server: str, middleware: int, alone: bool) -> None:
+    live = running(server, middleware)
+    client = live.open("/handler")
+    watching = [task for task in live.wait_for("/stats", started=1)["tasks"] if task.endswith("Channel._watch")]
+    assert (watching == []) is alone
+    client.abort()
+    live.wait_for("/stats", cleaned=1)
+    assert_nothing_left(live)
