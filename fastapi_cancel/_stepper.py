@@ -9,8 +9,8 @@ all, and closed where it waits: 3 µs less a request, and a task less that an id
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from starlette.types import Receive
 
@@ -27,6 +27,14 @@ _READ = frozenset(
 
 _plain: set[Any] = {asyncio.Queue.get}  # Hypercorn's and Daphne's
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def plain(function: Function) -> Function:
+    """A method of that kind."""
+    _plain.add(function)
+    return function
+
 
 def only_waits(receive: Receive) -> bool:
     """Whether all that ``receive`` does is to wait for futures of asyncio's, as far as is known."""
@@ -34,7 +42,7 @@ def only_waits(receive: Receive) -> bool:
     if function in _plain:
         return True
     if getattr(function, "__module__", None) in _UVICORN and _READ.issuperset(function.__code__.co_names):
-        _plain.add(function)
+        plain(function)
         return True
     return False
 

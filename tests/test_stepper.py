@@ -267,6 +267,7 @@ async def test_a_uvicorn_that_does_what_we_have_not_read_gets_a_task() -> None:
         ("uvicorn-uvloop", 0, True),
         ("hypercorn", 0, True),
         ("daphne", 0, True),
+        ("granian-rsgi", 0, True),
         ("granian", 0, False),
         ("uvicorn", 5, False),
     ],

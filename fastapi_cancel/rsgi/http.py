@@ -20,6 +20,7 @@ from typing import Any
 
 from starlette.types import Message
 
+from .._stepper import plain
 from ..exceptions import ClientGone
 from .backlog import Backlog
 from .news import News
@@ -58,6 +59,7 @@ class Exchange(News):
 
     # -- receiving ---------------------------------------------------------------------------
 
+    @plain
     async def receive(self) -> Message:
         """The application's ``receive``. After the client has left: http.disconnect, at once and always."""
         if self._body is None:
