@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from functools import partial
 from types import coroutine
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 from starlette.types import Receive, Scope
@@ -26,7 +26,7 @@ from .policy import CancelPolicy
 try:
     from anyio._backends import _asyncio as _anyio
 
-    _states: Any = _anyio._task_states
+    _states: Any = cast(Any, _anyio)._task_states.data  # of a WeakKeyDictionary, whose `get` would be a call more
 except (ImportError, AttributeError):  # a later AnyIO: `has_scope` then sends everything the AnyIO way
     _states = None
 
@@ -35,14 +35,13 @@ def has_scope(task: asyncio.Task[Any]) -> bool:
     """Whether ``task`` runs inside an AnyIO cancel scope, as far as can be told."""
     if _states is None:
         return True
-    states = _states.data  # of a WeakKeyDictionary, whose `get` would be a call more; often empty
-    state = states.get(ref(task)) if states else None
+    state = _states.get(ref(task)) if _states else None  # often there are none
     return state is not None and state.cancel_scope is not None
 
 
 def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
     """Whether an AnyIO shield is between ``task`` and the scope ``within``, as far as can be told."""
-    state = _states.get(task) if _states is not None else None
+    state = _states.get(ref(task)) if _states else None
     scope = state.cancel_scope if state is not None else None
     while scope is not None and scope is not within:
         if scope.shield:

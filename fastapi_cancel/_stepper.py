@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 from starlette.types import Receive
 
@@ -38,10 +39,12 @@ def plain(function: Function) -> Function:
 
 def only_waits(receive: Receive) -> bool:
     """Whether all that ``receive`` does is to wait for futures of asyncio's, as far as is known."""
-    function: Any = getattr(receive, "__func__", None)
+    if type(receive) is not MethodType:  # not by its attributes: a proxy, as tracers use them, forwards these
+        return False
+    function = cast(Any, receive).__func__
     if function in _plain:
         return True
-    if getattr(function, "__module__", None) in _UVICORN and _READ.issuperset(function.__code__.co_names):
+    if function.__module__ in _UVICORN and _READ.issuperset(function.__code__.co_names):
         plain(function)
         return True
     return False

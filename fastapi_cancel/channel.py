@@ -68,6 +68,7 @@ class Channel:
     interrupted = False
     _sending_since: float | None = None
     _stall_watched = False
+    _closing: anyio.CancelScope | None = None
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder, response: Response | None) -> None:
         self.scope = scope
@@ -180,6 +181,8 @@ class Channel:
     def _end(self) -> None:
         self._ended = True
         if self.completed:
+            if self._closing is not None:
+                self._closing.cancel()
             return
         if self._finishing:
             self.ladder.start_timer("parting", PARTING, self._leave)
@@ -232,7 +235,9 @@ class Channel:
             if self._reading:
                 self.ladder.pause_watcher()  # uvicorn would wake it, to say that the response is complete
         try:
-            if self.ladder.policy.send_timeout is None:
+            if self.completed:
+                await self._send_until_left(message)
+            elif self.ladder.policy.send_timeout is None:
                 await self._server_send(message)
             else:
                 await self._send_within(self.ladder.policy.send_timeout, message)
@@ -260,6 +265,12 @@ class Channel:
     def _begin_pieces(self) -> Pieces:
         self._pieces = Pieces(self._start.get("headers", ()) if self._start is not None else ())
         return self._pieces
+
+    async def _send_until_left(self, message: Message) -> None:
+        # All that was announced is out. On Hypercorn's HTTP/2 the end may wait for ever for a client that has left.
+        with anyio.CancelScope() as self._closing:
+            await self._server_send(message)
+        self._closing = None
 
     async def _send_within(self, patience: float, message: Message) -> None:
         self._sending_since = monotonic()

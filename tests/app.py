@@ -263,6 +263,20 @@ async def background_of_plain_stream(tasks: BackgroundTasks) -> Response:
     return StreamingResponse(chunks())
 
 
+@router.get("/announced")
+async def announced() -> Response:
+    """More than the credit of an HTTP/2 stream, all of it announced."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(8):
+            yield b"x" * 10_000
+        state["seen"].append("all out")
+
+    tasks = BackgroundTasks()
+    tasks.add_task(note, "background")
+    return CancellableStreamingResponse(body(), headers={"content-length": "80000"}, background=tasks)
+
+
 async def note(text: str) -> None:
     await anyio.sleep(0.01)
     state["seen"].append(text)

@@ -641,6 +641,28 @@ async def test_a_last_send_that_never_returns_ends_with_its_client(monkeypatch: 
     assert visit.cause == "disconnect"
 
 
+async def test_the_end_of_a_complete_response_is_not_waited_for_without_its_client() -> None:
+    """Hypercorn's, on HTTP/2: all that was announced is out, to where nobody fetches it."""
+    seen: list[Any] = []
+
+    async def write(send: Send, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message["body"]:
+            visit.leave()
+            await anyio.sleep_forever()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"3")]})
+        await send({"type": "http.response.body", "body": b"all", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        await turns()
+        seen.append("background")
+
+    async with asked(protected(work, write=write)) as visit:
+        pass
+    assert seen == ["background"]
+    assert visit.cause is None
+
+
 async def test_a_client_that_stops_reading_is_given_up() -> None:
     """C18: cause `stalled`, one timer for many sends."""
     seen: list[Any] = []

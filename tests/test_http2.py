@@ -117,6 +117,18 @@ def test_a_stream_that_stalls_is_given_up(running: Start) -> None:
             stalled.rest()
 
 
+def test_a_reset_of_a_response_of_which_only_its_end_is_left(running: Start) -> None:
+    """C12: Hypercorn's `send` of that never returns. The background task runs, and nobody stays."""
+    live = running("hypercorn")
+    with live.open_http2() as client:
+        stalled = client.request("/announced")
+        stalled.stall()
+        live.wait_for("/stats", seen=["all out"])
+        stalled.reset()
+        live.wait_for("/stats", seen=["all out", "background"], running=0, tasks=[])
+    assert live.complaints() == []
+
+
 @pytest.mark.parametrize("server", ["uvicorn", "gunicorn", "daphne"])
 def test_a_server_without_http2_is_told(running: Start, server: str) -> None:
     """By what it does: which ones can do it changes."""

@@ -251,12 +251,28 @@ async def test_a_uvicorn_that_does_what_we_have_not_read_gets_a_task() -> None:
         async with asyncio.timeout(5):
             await self.message_event.wait()
 
-    async def receive() -> Message:
-        return LEFT
-
     assert only_waits(of_uvicorn(as_read))
     assert not only_waits(of_uvicorn(otherwise))
-    assert not only_waits(receive)
+
+
+async def test_what_is_wrapped_gets_a_task() -> None:
+    class Tracer:
+        """As wrapt makes them: it has whatever attributes the function has."""
+
+        def __init__(self, function: Receive) -> None:
+            self.function = function
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.function, name)
+
+        async def __call__(self) -> Message:
+            async with asyncio.timeout(5):
+                return await self.function()
+
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    assert only_waits(messages.get)
+    assert not only_waits(Tracer(messages.get))
+    assert not only_waits(lambda: through(messages))
 
 
 @pytest.mark.parametrize(
