@@ -42,9 +42,9 @@ Races, and why each is harmless:
 - *the server cancels in the same loop turn as we do*: asyncio folds both into one CancelledError.
   ``Task.cancelling()`` still counts two; what is left after taking back ours is re-raised.
 
-Left out: tasks that the work makes for itself. Who leaves is told to all of them (``receive``, ``send``), but only
-the host's own unwinding is known here. A task that unwinds from what it was told, while the host waits for
-it, can be cancelled through the host in the middle of its cleanup, as by any cancellation of who awaits it.
+Left out: tasks that the work makes for itself. ``receive`` and ``send`` tell each of them that the client has left,
+but only the host's own unwinding is known here. A task that unwinds from what it was told, while the host waits
+for it, can be cancelled through the host in the middle of its cleanup.
 
 Two rules for whoever edits this file. A subclass says only how an interruption is delivered, never
 when. And every path that interrupts the work goes through ``_interrupted``, once.
