@@ -79,7 +79,7 @@ class NativeLadder(Ladder):
         super()._end()
         if self._requests:
             self._take_back()
-        # Not awaited: that would cost every request a turn of the loop. They end in the next one.
+        # Not awaited: that would cost every request a turn of the loop. What is a task ends in the next one.
         if (self._watcher is not None or self._helpers) and not self._task.get_loop().is_closed():
             if self._watcher is not None:
                 self._watcher.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -19,7 +19,8 @@ from .conftest import Start, assert_nothing_left
 pytestmark = pytest.mark.anyio
 
 LEFT = {"type": "http.disconnect"}
-Work = Callable[[Scope, Receive, Send], Awaitable[None]]
+START = {"type": "http.response.start", "status": 200, "headers": []}
+END = {"type": "http.response.body"}
 
 
 @pytest.fixture
@@ -102,10 +103,6 @@ async def test_nothing_is_left_of_it_when_the_work_has_ended() -> None:
     assert seen == [1, 0, 0]
 
 
-START = {"type": "http.response.start", "status": 200, "headers": []}
-END = {"type": "http.response.body"}
-
-
 async def test_nobody_reads_while_the_last_message_goes_out_or_after_it() -> None:
     """uvicorn wakes whoever does, to say that the response is complete."""
     messages: asyncio.Queue[Message] = asyncio.Queue()
@@ -145,6 +142,40 @@ async def test_what_has_a_content_length_may_still_send_when_that_is_out(watched
 
     await serve(work, messages.get, send)
     assert seen == [0, 3]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("plain", [True, False])
+async def test_the_server_stops_while_the_end_of_a_complete_response_goes_out(plain: bool, leaves: bool) -> None:
+    """C14: its cancellation goes through, and the cleanup awaits, also if the client leaves in the same turn."""
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[str] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        await send({**START, "headers": [(b"content-length", b"3")]})
+        await send({**END, "body": b"all", "more_body": True})
+        try:
+            await send(END)
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append("cleaned")
+
+    def stop() -> None:
+        if leaves:
+            messages.put_nowait(LEFT)
+        host.cancel()
+
+    async def send(message: Message) -> None:
+        if message == END:
+            asyncio.get_running_loop().call_later(0.01, stop)
+            await asyncio.get_running_loop().create_future()
+
+    host = asyncio.create_task(serve(work, messages.get if plain else lambda: through(messages), send))
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asyncio.shield(host), 5)
+    assert host.cancelled()
+    assert seen == ["cleaned"]
 
 
 @pytest.mark.parametrize("by", ["the work", "a task of its own"])
