@@ -57,9 +57,13 @@ def test_a_reset_leaves_its_neighbours_alone(running: Start, server: str, middle
         number = [stream.until(b"data: first").split()[1].decode() for stream in streams][1].removeprefix("id-")
         streams[1].reset()
         live.wait_for("/stats", seen=[f"{number} {mark}" for mark in MARKS], running=2)
-        for stream in [streams[0], streams[2]] * 3:
+        others = [streams[0], streams[2]]
+        for stream in others * 3:
             stream.until(b": ping")
         assert live.json("/stats")["running"] == 2
+        for stream in others:
+            stream.reset()
+        live.wait_for("/stats", running=0)  # Hypercorn on Trio dies of a goodbye while it sends: docs/servers.md
 
 
 @pytest.mark.parametrize("leave", ["abort", "close"])
@@ -69,9 +73,11 @@ def test_all_streams_end_with_their_connection(running: Start, server: str, path
     """C1, C7."""
     live = running(server)
     client = live.open_http2()
-    for _ in range(3):
-        client.request(path)
+    streams = [client.request(path) for _ in range(3)]
     live.wait_for("/stats", started=3)
+    if path != "/handler":
+        for stream in streams:
+            stream.until(b"first")  # Hypercorn on Trio dies of a goodbye while it sends: docs/servers.md
     getattr(client, leave)()
     live.wait_for("/stats", cleaned=3, running=0, tasks=[])
     assert live.complaints() == []
