@@ -327,12 +327,12 @@ async def file(plain: bool = False) -> Response:
     return CancellableFileResponse(path, cleanup=[cleanup])
 
 
+_big_file = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, and goes with its process
+_big_file.truncate(64 << 20)
+
+
 def big_file() -> str:
-    path = os.path.join(tempfile.gettempdir(), f"fastapi-cancel-{os.getpid()}")
-    if not os.path.exists(path):
-        with open(path, "wb") as out:
-            out.truncate(64 << 20)
-    return path
+    return f"/proc/self/fd/{_big_file.fileno()}"
 
 
 # -- cleanups that go wrong, work that will not stop ---------------------------------------------
@@ -475,9 +475,8 @@ def sync_json_lines() -> Iterator[str]:
 
 # -- dependencies --------------------------------------------------------------------------------
 
-database = sqlite3.connect(
-    os.path.join(tempfile.mkdtemp(), "test.sqlite"), isolation_level=None, check_same_thread=False
-)
+# No name: a database on the disk that goes with its connection.
+database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
 database.execute("CREATE TABLE orders (name TEXT)")
 
 
