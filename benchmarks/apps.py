@@ -15,12 +15,14 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse
 
 from .harness import BASE
 
 OURS = "CancellableRoute"
+BARE = "`receive` called twice and closed, and nothing else"
 DECORATOR = "fastapi-disconnect decorator"
 MIDDLEWARE = "fastapi-disconnect middleware"
 
@@ -55,13 +57,33 @@ class Layer(BaseHTTPMiddleware):
         return await call_next(request)
 
 
+class BareRoute(APIRoute):
+    """The part of a watcher that is the server's: a ``receive`` for the body, and one that waits for the client."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watching = _twice(receive)
+        watching.send(None)
+        try:
+            await super().handle(scope, receive, send)
+        finally:
+            watching.close()
+
+
+async def _twice(receive: Receive) -> None:
+    await receive()
+    await receive()
+
+
+CLASSES = {OURS: CancellableRoute, BARE: BareRoute}
+
+
 def build(variant: str, layers: int = 0) -> FastAPI:
     """The application.
 
     :param layers: how many ``BaseHTTPMiddleware`` surround it
     """
     app = FastAPI()
-    router = APIRouter(route_class=CancellableRoute if variant == OURS else APIRoute)
+    router = APIRouter(route_class=CLASSES.get(variant, APIRoute))
     guard: Callable[[Any], Any] = peer.cancel_on_disconnect if variant == DECORATOR else lambda handler: handler
 
     @router.get("/never")

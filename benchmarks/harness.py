@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,6 +96,17 @@ def ratio(costs: list[float], base: list[float]) -> Ratio:
     """The median over the rounds of ``costs`` / ``base``."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(costs, base, strict=True)], n=4)
     return Ratio(middle, (high - low) / 2)
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keep this process where its caches are."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def typical(costs: list[float]) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from .apps import OURS, PEERS_MISSING, VARIANTS, build
+from .apps import BARE, OURS, PEERS_MISSING, VARIANTS, build
 from .asgi import answer, cpu_of
-from .harness import BASE, Section, at_most, interleave, ratios, shown, typical
+from .harness import BASE, Section, at_most, interleave, on_one_core, ratios, shown, typical
 
 HANDED_ON = "?handed-on"
 CALLS = 64  # a slice, all of them at the same time
@@ -24,6 +24,7 @@ ROWS: list[tuple[str, str, int, float | None]] = [
 ]
 
 
+@on_one_core()
 def run(quick: bool) -> Section:
     section = Section(
         "A JSON route, in process",
@@ -32,12 +33,13 @@ def run(quick: bool) -> Section:
     )
     loop = asyncio.new_event_loop()
     for what, path, layers, budget in ROWS:
-        apps = {variant: build(variant, layers) for variant in VARIANTS}
+        bare = [BARE] if path == "/wait" and not layers else []
+        apps = {variant: build(variant, layers) for variant in [*VARIANTS, *bare]}
         for app in apps.values():
             answer(loop, app, path)
         handed_on = path.endswith(HANDED_ON)
         variants = {name: partial(cpu_of, loop, app, path, CALLS, handed_on) for name, app in apps.items()}
-        costs = interleave(variants, rounds=20 if quick else 100, warm=5)
+        costs = interleave(variants, rounds=20 if quick else 300, warm=5)
         for who, value in ratios(costs).items():
             if who == OURS and budget is not None:
                 section.rows.append(at_most(what, who, value, budget))

@@ -17,7 +17,7 @@ from .apps import CLEANUP, OURS
 from .asgi import answer, cpu_of
 from .drops import CLIENTS, PATIENCE, drop, row
 from .feeds import ENCODED, build
-from .harness import BASE, Row, Section, at_least, at_most, interleave, ratio, shown, typical
+from .harness import BASE, Row, Section, at_least, at_most, interleave, on_one_core, ratio, shown, typical
 from .server import CORES, SERVER, Server, many_sockets
 from .streams import IDLE, SERVED_CHUNKS, cpu_a_chunk, idle_stream
 
@@ -69,6 +69,7 @@ IN_PROCESS = [
 SERVED = [Feed(EVENT, "burst", "event", {PEER: 3, NATIVE: None, RAW: 1.5}), *PACES]
 
 
+@on_one_core()
 def in_process(quick: bool) -> Section:
     section = Section(
         "Server-sent events, in process",

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from .apps import MIDDLEWARE, OURS, PEERS, PEERS_MISSING, ROUTES, build, started
 from .asgi import Call, answer, cpu_of, discard
-from .harness import BASE, Section, at_most, interleave, ratio, ratios, shown, typical
+from .harness import BASE, Section, at_most, interleave, on_one_core, ratio, ratios, shown, typical
 from .server import SERVER, Server
 
 CHUNKS = 2_000
@@ -33,6 +33,7 @@ PEER: dict[str, tuple[str, str]] = {MIDDLEWARE: (MIDDLEWARE, "/stream")} if PEER
 KINDS = {"a chunk of a `StreamingResponse`": {**STREAMS, **PEER}, "a JSON line of a `yield` endpoint": LINES}
 
 
+@on_one_core()
 def in_process(quick: bool) -> Section:
     section = Section(
         "Streaming, in process",

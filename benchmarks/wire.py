@@ -6,18 +6,22 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from signal import SIGCONT, SIGSTOP
+from time import sleep
 
-from .apps import OURS, PEERS_MISSING, ROUTES, VARIANTS
-from .harness import BASE, Ratio, Section, at_least, interleave, ratio, shown, typical
+from .apps import BARE, OURS, PEERS_MISSING, VARIANTS
+from .harness import BASE, Ratio, Section, at_least, ratio, shown, typical
 from .server import CORES, SERVER, Server
 
 CONNECTIONS = 16
+TURN = 0.05
 ROWS = [
-    ("never waits", "/never"),
-    ("waits for one turn of the loop, `sleep(0)`", "/turn"),
-    ("waits for a timer, `sleep(0.001)`", "/sleep"),
+    ("never waits", "/never", VARIANTS),
+    ("waits for one turn of the loop, `sleep(0)`", "/turn", VARIANTS),
+    ("waits for a timer, `sleep(0.001)`", "/sleep", [*VARIANTS, BARE]),
 ]
 
 
@@ -32,11 +36,11 @@ def run(quick: bool) -> Section:
     if PEERS_MISSING:
         section.notes.append(PEERS_MISSING)
     with ExitStack() as stack:
-        measured = ROUTES if quick else VARIANTS
-        servers = {variant: stack.enter_context(Server(variant)) for variant in measured}
-        for what, path in ROWS:
-            variants = {name: partial(cpu_a_request, server, path) for name, server in servers.items()}
-            costs = interleave(variants, rounds=2 if quick else 9, warm=0 if quick else 1)
+        all_servers = {variant: stack.enter_context(Server(variant)) for variant in [*VARIANTS, BARE]}
+        for what, path, variants in ROWS:
+            servers = {variant: all_servers[variant] for variant in variants}
+            rounds = [cpu_a_request(servers, path) for _ in range(4 if quick else 13)]
+            costs = {name: [each[name] for each in rounds[1:]] for name in servers}  # the first one warms up
             for who, mine in costs.items():
                 if who == OURS:
                     section.rows.append(at_least(what, who, rate(mine, costs[BASE]), 0.90))
@@ -50,17 +54,33 @@ def rate(costs: list[float], base: list[float]) -> Ratio:
     return ratio(base, costs)
 
 
-def cpu_a_request(server: Server, path: str) -> float:
-    """CPU seconds of the server for one request, from one second of wrk on the other core."""
-    before = server.cpu()
-    done = subprocess.run(
-        ["wrk", "-t1", f"-c{CONNECTIONS}", "-d1s", f"http://127.0.0.1:{server.port}{path}"],
-        capture_output=True,
+def cpu_a_request(servers: Mapping[str, Server], path: str) -> dict[str, float]:
+    """CPU seconds of each server for one request.
+
+    All are asked during the same seconds, by wrk on the other core, and take turns of ``TURN``: long enough for a
+    server to have its core's caches to itself, short enough for the machine to be as fast for the one as for the other.
+    """
+    at_work = {name: _wrk(server, path, seconds=len(servers)) for name, server in servers.items()}
+    before = {name: server.cpu() for name, server in servers.items()}
+    while any(wrk.poll() is None for wrk in at_work.values()):
+        for server in servers.values():
+            for each in servers.values():
+                os.kill(each.pid, SIGCONT if each is server else SIGSTOP)
+            sleep(TURN)
+    costs = {}
+    for name, server in servers.items():
+        os.kill(server.pid, SIGCONT)
+        said, _ = at_work[name].communicate()
+        found = re.search(r"(\d+) requests in", said)
+        assert found and "Non-2xx" not in said, said + server.log
+        costs[name] = (server.cpu() - before[name]) / int(found[1])
+    return costs
+
+
+def _wrk(server: Server, path: str, seconds: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}{path}"],
+        stdout=subprocess.PIPE,
         text=True,
-        check=True,
         preexec_fn=partial(os.sched_setaffinity, 0, CORES[-1:]),
     )
-    after = server.cpu()
-    found = re.search(r"(\d+) requests in", done.stdout)
-    assert found and "Non-2xx" not in done.stdout, done.stdout + server.log
-    return (after - before) / int(found[1])
