@@ -60,8 +60,8 @@ def cpu_a_request(servers: Mapping[str, Server], path: str) -> dict[str, float]:
     All are asked during the same seconds, by wrk on the other core, and take turns of ``TURN``: long enough for a
     server to have its core's caches to itself, short enough for the machine to be as fast for the one as for the other.
     """
-    at_work = {name: _wrk(server, path, seconds=len(servers)) for name, server in servers.items()}
     before = {name: server.cpu() for name, server in servers.items()}
+    at_work = {name: _wrk(server, path, seconds=len(servers)) for name, server in servers.items()}
     while any(wrk.poll() is None for wrk in at_work.values()):
         for server in servers.values():
             for each in servers.values():
