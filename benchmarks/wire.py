@@ -17,7 +17,7 @@ from .harness import BASE, Ratio, Section, at_least, ratio, shown, typical
 from .server import CORES, SERVER, Server
 
 CONNECTIONS = 16
-TURN = 0.05
+TURN = 0.05  # seconds
 ROWS = [
     ("never waits", "/never", VARIANTS),
     ("waits for one turn of the loop, `sleep(0)`", "/turn", VARIANTS),
