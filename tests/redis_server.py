@@ -36,7 +36,9 @@ class RedisServer:
         self._program = found
         self._options = options.split()
         self.directory = tempfile.TemporaryDirectory()
-        for _ in range(3):  # another process may take the port between our look and the server's
+        # Another process may take the port between our look and the server's; and a cluster's node wants the one
+        # 10,000 above it as well, which one in five has not.
+        for _ in range(20):
             self.port = free_port()
             if self.start():
                 return
