@@ -84,19 +84,25 @@ class GroupLadder(Ladder):
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         error: BaseException | None = None
-        async with anyio.create_task_group() as self._group:
-            try:
-                await self._drive(_within(self._outer, self._inner, work))
-            except BaseException as exc:  # so that the group does not wrap it
-                error = exc
-            # What has been reached is not to be lost to a cancellation that comes while the helpers end.
-            self._group.cancel_scope.shield = True
-            self._group.cancel_scope.cancel()
+        try:
+            async with anyio.create_task_group() as self._group:
+                try:
+                    await self._drive(_within(self._outer, self._inner, work))
+                except BaseException as exc:  # so that the group does not wrap it
+                    error = exc
+                # What has been reached is not to be lost to a cancellation that comes while the helpers end.
+                self._group.cancel_scope.shield = True
+                self._group.cancel_scope.cancel()
+        finally:
+            super()._over()
         if error is not None:
             try:
                 raise error
             finally:
                 del error
+
+    def _over(self) -> None:
+        """Not yet: its helpers end, which takes turns of the event loop."""
 
     def _settle(self) -> None:
         # What unwinds from an error of its own has had its interruption: no nursery will swallow that.

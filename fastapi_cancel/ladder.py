@@ -263,7 +263,11 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
         if self._timers:
             self._stop_timers(*self._timers)
         if self.cause is not None:
-            ending.pop(self, None)
+            self._over()
+
+    def _over(self) -> None:
+        """Nothing of the work is left."""
+        ending.pop(self, None)
 
     def _on_wait(self) -> None:
         self._restless = False

@@ -65,6 +65,7 @@ async def test_it_waits_for_cleanups_and_background_tasks() -> None:
 
     app = FastAPI()
     app.router.route_class = CancellableRoute.with_policy(CancelPolicy(grace=5))
+    known: list[bool] = []
 
     @app.get("/")
     async def endpoint() -> Response:
@@ -81,9 +82,18 @@ async def test_it_waits_for_cleanups_and_background_tasks() -> None:
             await visit.until(when(lambda: bool(ending)))
             go_on.set()
 
+    async def look() -> None:
+        await go_on.wait()
+        while "background" not in notes:  # in every turn of the event loop: `lifespan` may look in any
+            known.append(bool(ending))
+            await anyio.sleep(0)
+
     async with LeavingClient(app).visit("GET", "/", leave=at_wait(1)) as visit:
-        await close()
+        async with anyio.create_task_group() as group:
+            group.start_soon(look)
+            await close()
     assert notes == ["a opens", "cleaned", "background", "a closes"]
+    assert all(known)
     assert not ending
 
 
