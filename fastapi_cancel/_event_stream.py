@@ -60,10 +60,11 @@ from ._ahead import Ahead
 from ._feed import MAX_BYTES, Burst, Feed
 from ._heart import Pulse, current_heart
 from ._native import NativeLadder
+from ._parting import parting
 from .events import encode, is_whole
 from .exceptions import ClientGone, InvalidEvent, RequestCancelled, Stalled
 from .ladder import RUN, Ladder
-from .policy import HERE, PARTING, Cause
+from .policy import HERE, Cause
 
 logger = logging.getLogger("fastapi_cancel")
 
@@ -317,7 +318,7 @@ class EventStream:
     async def _part(self) -> None:
         """Interrupted, with a client that is perhaps still there: end the response as it should."""
         with suppress(ClientGone):
-            with anyio.move_on_after(PARTING, shield=True) as scope:
+            with parting() as scope:
                 if (words := self._last_words()) or self._gathered:
                     await self._put(words)
             self.gave_up = scope.cancelled_caught
@@ -325,7 +326,7 @@ class EventStream:
                 await self._source.close_content()
             finally:
                 if not self.gave_up:
-                    with anyio.move_on_after(PARTING, shield=True):
+                    with parting():
                         await self._put(more_body=False)
 
     # -- aside -------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ Races, and why each is harmless:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from operator import itemgetter
 from time import monotonic
 
@@ -48,10 +49,10 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from ._parting import LOOKS, PARTING
 from ._pieces import Pieces
 from .exceptions import ClientGone
 from .ladder import Ladder
-from .policy import PARTING
 
 
 class Channel:
@@ -185,7 +186,13 @@ class Channel:
                 self._closing.cancel()
             return
         if self._finishing:
-            self.ladder.start_timer("parting", PARTING, self._leave)
+            self._part(LOOKS)
+        else:
+            self._leave()
+
+    def _part(self, looks: int) -> None:
+        if looks:
+            self.ladder.start_timer("parting", PARTING / LOOKS, partial(self._part, looks - 1))
         else:
             self._leave()
 

@@ -11,8 +11,6 @@ Cause = Literal["disconnect", "stop", "timeout", "stalled", "shutdown"]
 CAUSES: frozenset[Cause] = frozenset(get_args(Cause))
 HERE: frozenset[Cause] = frozenset({"stop", "timeout", "shutdown"})
 """The causes after which the client may still be there."""
-PARTING = 1.0
-"""Seconds that such a client has to read the end of its event stream."""
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 

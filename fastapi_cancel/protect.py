@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-import anyio
 from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,11 +15,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from ._native import NativeLadder, has_scope
+from ._parting import parting
 from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
 from .exceptions import is_quiet
 from .ladder import Ladder, ending
-from .policy import PARTING, CancelPolicy, Cause
+from .policy import CancelPolicy, Cause
 
 KEY = "fastapi_cancel"
 """Where the scope keeps its :class:`Channel`; ``None`` there: the endpoint opted out."""
@@ -99,7 +99,7 @@ async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send
             await _answer(cause, channel, receive, send)
         elif cause == "shutdown" and not channel.closing and not channel.gone:
             # An event stream, which may end anywhere.
-            with anyio.move_on_after(PARTING, shield=True), suppress(OSError):
+            with parting(), suppress(OSError):
                 await send({"type": "http.response.body"})
     finally:
         if background is not None and channel.ladder.policy.background:
@@ -110,7 +110,7 @@ async def _answer(cause: Cause, channel: Channel, receive: Receive, send: Send) 
     ladder, scope = channel.ladder, channel.scope
     status = ladder.policy.stop_status if cause == "stop" else STATUS[cause]
     if status == 499:
-        with anyio.move_on_after(1, shield=True), suppress(OSError):
+        with parting(), suppress(OSError):
             # Hypercorn: the last `send` on an HTTP/2 connection that is gone never returns.
             await PlainTextResponse(status_code=status)(scope, receive, send)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
+from time import sleep
 from typing import Any
 
 import anyio
@@ -617,6 +618,28 @@ async def test_a_disconnect_while_the_last_message_goes_out_is_the_end(monkeypat
     async with asked(protected(work, write=write), "error") as visit:
         pass
     assert visit.cause is None
+
+
+async def test_a_busy_event_loop_does_not_end_the_last_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypercorn on Trio, as a thousand streams end: cut off now, it would never close the connection."""
+    monkeypatch.setattr("fastapi_cancel.channel.PARTING", 0.01)
+    sent = False
+
+    async def write(send: Send, message: Message) -> None:
+        nonlocal sent
+        if message["type"] == "http.response.body":
+            visit.leave()
+            for _ in range(12):
+                sleep(0.005)
+                await anyio.sleep(0)
+            sent = True
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(send)
+
+    async with asked(protected(work, write=write)) as visit:
+        pass
+    assert (visit.cause, sent) == (None, True)
 
 
 async def test_a_last_send_that_never_returns_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
