@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests wait more than they work. By file: what a file starts, such as a server, serves all tests in it.
+AT_A_TIME := -n 3 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test bench lint docs system fastapi-suite sse-starlette-suite lower matrix clean
@@ -10,7 +12,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m examples.sse_chat
 
 test: lint system $(VENV)/.installed
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(AT_A_TIME)
+	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	$(MAKE) fastapi-suite sse-starlette-suite lower
 
@@ -38,7 +42,7 @@ system:
 
 # The oldest versions that we promise to work with.
 lower: $(VENV)/.installed
-	$(BIN)/python scripts/lower.py
+	$(BIN)/python scripts/lower.py $(AT_A_TIME)
 
 # The documentation is plain Markdown: run its examples, follow its links.
 docs: $(VENV)/.installed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,11 +28,21 @@ NOT_TESTED = "NOT TESTED HERE:"
 """How the reason begins of a test that is skipped for want of something that `make test` cannot provide."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a worker's coverage is measured, not that of the servers that it starts
+        os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Such a reason is shown by itself, however pytest is run."""
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
     for reason in dict.fromkeys(reason for reason in reasons if NOT_TESTED in reason):
         terminalreporter.write_sep("!", reason.removeprefix("Skipped: "), red=True, bold=True)
+
+
+def named(value: object) -> str:
+    """A test's id by ``repr``, the same in each process: pytest-xdist compares them."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def fresh(server: LiveServer) -> LiveServer:

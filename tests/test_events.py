@@ -32,6 +32,8 @@ from fastapi_cancel import InvalidEvent, JSONServerSentEvent, LastEventID, Serve
 from fastapi_cancel.events import encode, is_whole
 from fastapi_cancel.testing import Event, EventReader, LeavingClient
 
+from .conftest import named
+
 SEPARATORS = ["\r\n", "\n", "\r"]
 NO_LINE_ENDS = ["\u2028", "\u2029", "\u0085", "\v", "\f", "\x1c", "\x1d", "\x1e", "\0"]
 LINE_ENDS = ["\n", "\r", "\r\n"]
@@ -135,7 +137,7 @@ READING = Reading(sensorName="roof", taken=TAKEN, value=1.5)
         (READING, None, None),
         (Path([Point(1, date(2026, 11, 20))], READING), None, None),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_every_kind_of_event(item: Any, wire: bytes | None, id: str | None) -> None:
     """C19: the table of `encode`."""
@@ -210,7 +212,7 @@ class Tone(enum.StrEnum):
         JSONServerSentEvent({"a": [1, "ü"]}, event="e"),
         Own("x", id="1"),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_the_bytes_are_those_of_sse_starlette(item: Any, sep: str) -> None:
     """C19: changing the import changes nothing on the wire."""

@@ -435,13 +435,13 @@ async def test_settle_spares_the_cancellation(kind: str) -> None:
 
 
 async def test_settle_within_the_grace(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    ladder = make(kind, grace=0.3, cleanup_timeout=0.3)
+    ladder = make(kind, grace=0.5, cleanup_timeout=0.5)
 
     async def work() -> None:
         ladder.signal("disconnect")
         ladder.settle()
         try:
-            await anyio.sleep(0.35)
+            await anyio.sleep(0.55)
             seen.append("no longer than grace and cleanup_timeout")
             await anyio.sleep_forever()
         finally:
@@ -552,14 +552,14 @@ async def test_the_cleanup_gets_its_time_after_a_shield_that_took_longer(kind: s
         try:
             with anyio.CancelScope(shield=True):
                 started.set()
-                await anyio.sleep(0.15)
+                await anyio.sleep(0.6)
             await anyio.sleep_forever()
         finally:
             await anyio.sleep(0.001)
             await anyio.sleep(0.001)
             seen.append("cleaned")
 
-    await run(kind, work, started, cleanup_timeout=0.1)
+    await run(kind, work, started, cleanup_timeout=0.5)
     assert seen == ["cleaned"]
 
 
@@ -593,7 +593,7 @@ async def test_a_shield_further_out_shields_from_what_is_further_out_only(kind: 
 @edges
 async def test_a_cancellation_that_the_work_swallowed_does_not_keep_ours_away(kind: str) -> None:
     """Somebody cancelled the task, the work ignored that and never called `uncancel`."""
-    ladder = make(kind, cleanup_timeout=0.05)
+    ladder = make(kind, cleanup_timeout=0.5)
     seen = []
 
     async def work() -> None:

@@ -40,6 +40,8 @@ from fastapi_cancel.testing import (
 )
 from fastapi_cancel.testing.habits import SERVERS
 
+from .conftest import named
+
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 on_trio = pytest.mark.parametrize("anyio_backend", ["trio"])
@@ -1203,7 +1205,7 @@ async def test_a_block_that_raises_before_the_application_has_begun(anyio_backen
         {"stall": after_event(fails)},
         {"stall": after_chunks(1), "resume": when(fails)},
     ],
-    ids=repr,
+    ids=named,
 )
 async def test_a_condition_that_raises(anyio_backend: str, options: dict[str, Any]) -> None:
     """The test hears of it, not the application."""
@@ -1212,7 +1214,7 @@ async def test_a_condition_that_raises(anyio_backend: str, options: dict[str, An
     assert (visit.over, visit.error) == (True, None)
 
 
-@pytest.mark.parametrize("moment", [when(fails), when(fails_later), after_event(fails)], ids=repr)
+@pytest.mark.parametrize("moment", [when(fails), when(fails_later), after_event(fails)], ids=named)
 async def test_waiting_for_a_condition_that_raises(anyio_backend: str, moment: Moment) -> None:
     async with LeavingClient(with_state(cleaning_up)) as client:
         async with failing(Failed, client) as visit:

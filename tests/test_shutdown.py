@@ -40,7 +40,7 @@ LIMITED = {"uvicorn": "--limit-max-requests=6", "gunicorn": "--max-requests=6", 
 OPTIONS = {
     ("granian", 2): ["--backpressure", "2000"],  # by itself it takes 512 connections a worker
     ("granian-rsgi", 2): ["--backpressure", "2000"],
-    ("hypercorn-trio", 1): ["--graceful-timeout", "10"],  # by itself 3 s, which 1,000 streams on a busy machine exceed
+    ("hypercorn-trio", 1): ["--graceful-timeout", "60"],  # by itself 3 s, which 1,000 streams on a busy machine exceed
 }
 
 
@@ -54,7 +54,7 @@ class Streams(LiveServer):
         self.marks.touch()
         self.clients: list[RawClient] = []
         env["MARKS"] = str(self.marks)
-        super().__init__(APP, server, workers=workers, options=options, env=env, probe=False)
+        super().__init__(APP, server, workers=workers, options=options, env=env, probe=False, deadline=60)
 
     def __exit__(self, *exc: Any) -> None:
         for client in self.clients:

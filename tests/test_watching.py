@@ -33,7 +33,7 @@ from fastapi_cancel.testing import watching as module
 from fastapi_cancel.testing.backends import AsyncioBackend
 from fastapi_cancel.testing.pools import checked, in_use, name
 from fastapi_cancel.testing.records import Record
-from fastapi_cancel.testing.sites import Site, stack_of_waiting
+from fastapi_cancel.testing.sites import Site, site_of, stack_of_waiting
 from fastapi_cancel.testing.stepping import Interruption, stepped
 
 pytestmark = pytest.mark.anyio
@@ -1366,6 +1366,13 @@ def test_a_place_is_told_from_the_working_directory() -> None:
     assert str(here) == "tests/test_watching.py:7 in function"
     assert str(Site("x", "/nowhere/x.py", 1, "f")) == "/nowhere/x.py:1 in f"
     assert here.own and not Site("anyio", "x", 1, "f").own and not Site("asyncio", "x", 1, "f").own
+
+
+def test_a_module_that_is_run_keeps_its_name() -> None:
+    """``python -m pytest`` calls it ``__main__``; its lines are not the user's for that."""
+    module: dict[str, Any] = {"__name__": "__main__", "__spec__": SimpleNamespace(name="pytest.__main__")}
+    exec("import sys\nframe = sys._getframe()", module)
+    assert site_of(module["frame"], 1).package == "pytest"
 
 
 def test_whose_place_it_is() -> None:
