@@ -40,7 +40,7 @@ state: dict[str, Any] = {}
 
 def reset() -> None:
     state.clear()
-    state.update(started=0, cleaned=0, finished_at=[], seen=[], statuses=[], running=0)
+    state.update(started=0, cleaned=0, finished_at=[], seen=[], statuses=[], running=0, beats=0)
 
 
 reset()

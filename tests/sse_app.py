@@ -129,13 +129,15 @@ async def boulder(number: int) -> AsyncIterator[Any]:
 
 
 async def paced(number: int) -> AsyncIterator[Any]:
-    """Bursts, and pauses around the length of a heartbeat."""
+    """Bursts, and pauses around the length of a heartbeat; one at the end until there has been one."""
     state["started"] += 1
     try:
         for event in range(PACED):
             if event % 100 == 0:
-                await anyio.sleep((0, 0.001, 0.045, 0.05, 0.055, 0.12)[event // 100 % 6])
+                await anyio.sleep((0, 0.001, 0.045, 0.05, 0.055, 0.06)[event // 100 % 6])
             yield {"data": paced_data(event), "id": event}
+        while not state["beats"]:
+            await anyio.sleep(0.001)
     finally:
         await mark(number, "generator")
 
@@ -156,10 +158,18 @@ CONTENTS: dict[str, Content] = {
 # -- endpoints -----------------------------------------------------------------------------------
 
 
+class Beating(SSEResponse):
+    """Counts its heartbeats."""
+
+    def make_heartbeat(self) -> bytes:
+        state["beats"] += 1
+        return super().make_heartbeat()
+
+
 def respond(content: str, heartbeat: float = 0, send_timeout: float | None = None, ping_size: int = 0) -> SSEResponse:
     """The same stream wherever it is served. ``ping_size``: of a heartbeat, in bytes."""
     number = state["opened"] = state.get("opened", 0) + 1
-    response = SSEResponse(
+    response = Beating(
         CONTENTS[content](number),
         heartbeat=heartbeat or None,
         send_timeout=send_timeout,

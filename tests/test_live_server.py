@@ -160,7 +160,7 @@ def test_an_application_that_cannot_be_imported(server: str, workers: int, write
 
 
 def test_an_application_that_takes_too_long(write: Write) -> None:
-    server = LiveServer(write("import time; print('asleep'); time.sleep(60)") + ":app", deadline=1)
+    server = LiveServer(write("import time; print('asleep'); time.sleep(60)") + ":app", deadline=5)
     with pytest.raises(LiveServerError, match=r"uvicorn did not start, or not all of its workers:\nasleep"):
         server.start()
     ended(server.pid)
@@ -195,10 +195,12 @@ def test_a_start_that_fails_before_there_is_a_process(write: Write, monkeypatch:
 
 def test_a_server_that_does_not_stop(write: Write) -> None:
     source = APPLICATION + "import signal, threading\nprint('deaf')\n"
-    server = LiveServer(f"{write(source)}:app", deadline=1)
+    server = LiveServer(f"{write(source)}:app")
+    server.start()
+    server.deadline = 1
+    os.kill(server.pid, signal.SIGSTOP)
     with pytest.raises(LiveServerError, match=r"(?s)uvicorn has not ended within 1 s:.*deaf"):
-        with server:
-            os.kill(server.pid, signal.SIGSTOP)
+        server.__exit__(None, None, None)
     ended(server.pid)
 
 

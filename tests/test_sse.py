@@ -6,6 +6,7 @@ import asyncio
 import gc
 import re
 import sys
+import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -432,14 +433,22 @@ async def test_heartbeats_switched_off_and_on_meanwhile() -> None:
 
 async def test_no_heartbeat_while_events_flow() -> None:
     """C20: idle is measured from the last byte sent."""
-    feed = Feed()
-    async with opened(SSEResponse(feed.events(), heartbeat=1)) as visit:
+    feed, idle = Feed(), list[float]()
+
+    def beat() -> bytes:
+        idle.append(time.monotonic() - put_at)
+        return b": ping\n\n"
+
+    put_at = time.monotonic()
+    async with opened(SSEResponse(feed.events(), heartbeat=0.4, ping_message_factory=beat)) as visit:
         for number in range(12):
+            put_at = time.monotonic()
             feed.put(number)
             await visit.until(after(b"data: %d\r\n" % number))
-            await anyio.sleep(0.1)
+            await anyio.sleep(0.05)
+        await visit.until(after(b": ping"))
         feed.put(StopAsyncIteration)
-    assert b"ping" not in visit.body
+    assert min(idle) >= 0.4
 
 
 async def test_no_heartbeat_inside_an_event() -> None:

@@ -125,10 +125,10 @@ async def test_raising_in_a_thread_is_the_one_interruption(grace: float, anyio_b
 
 @pytest.mark.parametrize("wait", ["turns", "event"])
 async def test_raising_in_a_thread_that_another_task_waits_for(wait: str) -> None:
-    """It interrupts that task; the handler has its cancellation still to come."""
-    started, seen = threading.Event(), list[str]()
+    """It interrupts that task; the handler has its cancellation still to come: with the client, who ends the grace."""
+    started, bored, seen = threading.Event(), threading.Event(), list[str]()
 
-    @cancel_policy(grace=0.5)
+    @cancel_policy(timeout=0.02, grace=30)
     async def endpoint(token: Token) -> None:
         raised = anyio.Event()
 
@@ -147,12 +147,13 @@ async def test_raising_in_a_thread_that_another_task_waits_for(wait: str) -> Non
                     await anyio.sleep(0)
                 await raised.wait()
             seen.append("raised")
+            bored.set()
             await anyio.sleep_forever()
         except anyio.get_cancelled_exc_class():
             seen.append("cancelled")
             raise
 
-    await clean(serve(endpoint), leave=when(started))
+    await clean(serve(endpoint), leave=when(bored))
     assert seen == ["raised", "cancelled"]
 
 
