@@ -193,7 +193,7 @@ class TestBroker:
 
     async def test_a_channel_is_not_forgotten_while_somebody_listens(self, new: NewBroker) -> None:
         """Though others are joined all the time, which is what the keeper of the logs waits for."""
-        age = 0.5
+        age = 2
         async with new(max_age=age) as broker, broker.subscribe("idle") as events:
             first = await broker.publish("idle", "first")
             assert data(await take(events, 1)) == ["first"]

@@ -718,10 +718,10 @@ async def test_a_slow_reader_within_the_limit_is_served() -> None:
         await send({"type": "http.response.body", "body": b""})
 
     async def read_on_later() -> None:
-        await anyio.sleep(0.3)
+        await anyio.sleep(0.7)
         visit.resume()
 
-    async with asked(protected(work, send_timeout=1)) as visit:
+    async with asked(protected(work, send_timeout=3)) as visit:
         pass
     assert visit.body == b"xxxxx"
 

@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -222,6 +223,18 @@ async def fast_and_loose() -> None:
     logger.warning("oh no")
 
 
+@router.get("/blocks")
+async def blocks() -> None:
+    async def block() -> None:
+        await anyio.sleep(0.01)
+        time.sleep(0.2)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(block)
+        await anyio.sleep(0.05)
+    await anyio.sleep(0.001)
+
+
 @router.get("/for-ever")
 async def for_ever() -> None:
     await anyio.sleep(0.001)
@@ -283,6 +296,12 @@ async def test_longest(client: LeavingClient) -> None:
     found = await chaos(client, "GET", "/for-ever", longest=0.05)
     assert found.waits >= 2
     assert not found.complete
+
+
+async def test_an_event_loop_that_stands_still_is_no_wait(client: LeavingClient) -> None:
+    found = await chaos(client, "GET", "/blocks", longest=0.1)
+    assert found.complete
+    assert found.waits >= 3
 
 
 async def test_an_error_in_a_cleanup(client: LeavingClient) -> None:

@@ -40,7 +40,9 @@ LIMITED = {"uvicorn": "--limit-max-requests=6", "gunicorn": "--max-requests=6", 
 OPTIONS = {
     ("granian", 2): ["--backpressure", "2000"],  # by itself it takes 512 connections a worker
     ("granian-rsgi", 2): ["--backpressure", "2000"],
-    ("hypercorn-trio", 1): ["--graceful-timeout", "60"],  # by itself 3 s, which 1,000 streams on a busy machine exceed
+    # by itself 3 s, which 1,000 streams on a busy machine exceed
+    ("hypercorn", 1): ["--graceful-timeout", "60"],
+    ("hypercorn-trio", 1): ["--graceful-timeout", "60"],
 }
 
 

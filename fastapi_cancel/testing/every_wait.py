@@ -15,6 +15,8 @@ from .moments import Moment, at_wait
 from .sites import told
 from .visit import Visit
 
+LOOKS = 20  # in the longest wait: a machine that stands still meanwhile, however long, adds but one
+
 Check = Callable[[Visit], Awaitable[object] | object]
 
 
@@ -81,9 +83,12 @@ async def chaos(
 async def _stuck(visit: Visit, longest: float) -> bool:
     """Wait for the client's leaving, or the end; have it leave from a wait that lasts too long."""
     while visit.left is None and not visit.over:
-        with anyio.move_on_after(longest) as limit:
-            await visit.until(_after(visit.waits))
-        if limit.cancelled_caught:
+        waits = visit.waits
+        for _ in range(LOOKS):
+            with anyio.move_on_after(longest / LOOKS):
+                await visit.until(_after(waits))
+                break
+        else:
             visit.leave()
             return True
     return False
