@@ -79,10 +79,10 @@ class Cell:
         self._stack = ExitStack()
         self._connection: Http2Client | None = None
         live.deadline = deadline
-        live.json("/reset")
-        live.mark()
 
     def __enter__(self) -> Cell:
+        self.live.json("/reset")
+        self.live.mark()
         return self
 
     def __exit__(self, *exc: object) -> None:

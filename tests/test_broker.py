@@ -180,7 +180,7 @@ class TestBroker:
                 assert data(await take(events, 1)) == ["new"]
 
     async def test_an_event_is_forgotten_at_its_age(self, new: NewBroker) -> None:
-        age = 0.5
+        age = 2
         async with new(max_age=age) as broker, broker.subscribe("news"):
             first = await broker.publish("news", "seen")
             await broker.publish("news", "old")

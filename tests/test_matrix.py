@@ -188,8 +188,9 @@ def test_line(servers: Servers, server: str, layers: int, line: str) -> None:
     except ImportError as exc:
         pytest.skip(str(exc))
     holds = False
+    cell = Cell(live, layers, column.protocol == "HTTP/2", BRIEF if must_fail else DEADLINE, may_say)
     try:
-        with Cell(live, layers, column.protocol == "HTTP/2", BRIEF if must_fail else DEADLINE, may_say) as cell:
+        with cell:
             row.check(cell)
             cell.assert_over()
         holds = True
@@ -197,17 +198,17 @@ def test_line(servers: Servers, server: str, layers: int, line: str) -> None:
         if not must_fail:
             raise
     finally:
-        if row.stops or not (holds or is_free(live)):
+        if row.stops or not (holds or is_free(live, cell.opened)):
             servers.end()
     assert holds != must_fail, f"holds now: {difference}"
     MATRIX.as_told.add(place)
 
 
-def is_free(live: LiveServer) -> bool:
-    """Whether what has failed has left no request behind."""
+def is_free(live: LiveServer, opened: int) -> bool:
+    """Whether what has failed has left no request behind, nor on its way."""
     live.deadline = BRIEF
     try:
-        live.wait_until_over()
+        live.wait_until_over(opened)
     except (AssertionError, OSError):
         return False
     return True

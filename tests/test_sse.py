@@ -482,18 +482,23 @@ async def test_a_heartbeat_that_cannot_be_made_ends_the_stream() -> None:
 
 async def test_time_limits_of_the_content_are_its_own() -> None:
     """PEP 789: a heartbeat that blocks is not hit by a limit that the content has around its wait."""
-    passed = anyio.Event()
+    passed, limit = anyio.Event(), anyio.CancelScope()
 
     async def content() -> Events:
         yield "1"
-        with anyio.move_on_after(0.3):
+        with limit:
             await anyio.sleep_forever()
         passed.set()
         yield "2"
         yield StopAsyncIteration
 
+    def beat() -> bytes:
+        limit.deadline = anyio.current_time() + 0.05
+        return b": ping\n\n"
+
+    response = SSEResponse(content(), heartbeat=0.05, ping_message_factory=beat)
     # The next heartbeat blocks.
-    async with opened(SSEResponse(content(), heartbeat=0.05), stall=after_event("1"), resume=when(passed)) as visit:
+    async with opened(response, stall=after_event("1"), resume=when(passed)) as visit:
         await visit.until(after(b": ping", b"data: 2"))
         assert visit.body.index(b": ping") < visit.body.index(b"data: 2")
 
