@@ -50,7 +50,8 @@ async def chaos(
 
     :param client: of the application
     :param most: waits to try; a stream that never ends has no last one
-    :param longest: seconds for which one wait may last; the client leaves from a longer one, and that was the last
+    :param longest: seconds for which one wait may last; the client leaves from a longer one, and that was the last.
+        Those in which the event loop, or the machine, stands still do not count
     :param check: is given each visit that is over, and raises if the application is in a bad state; may be async. A
         lock, a transaction, a file: what only it can know
     :param options: as :meth:`LeavingClient.visit` takes them
