@@ -124,15 +124,25 @@ def main() -> int:
     venv = suites.install(".venv-sse-starlette", REQUIREMENTS, CONSTRAINTS.read_text(), "[sse]")
     archive = suites.download("sse-starlette")
     with ThreadPoolExecutor(2) as pool:
-        bursts = pool.submit(run, venv, archive, "yes", Run("in bursts", allowed=DIFFERENT | AHEAD))
-        single = pool.submit(run, venv, archive, "no", Run("one by one", allowed=DIFFERENT))
+        bursts = pool.submit(run, venv, archive, "yes", "in bursts", DIFFERENT | AHEAD)
+        single = pool.submit(run, venv, archive, "no", "one by one", DIFFERENT)
         runs = [bursts.result(), single.result()]
     for each in runs:
         print(each.line())
     return suites.conclude([problem for each in runs for problem in each.problems()], "no unexpected failure")
 
 
-def run(venv: Path, archive: Path, bursts: str, result: Run) -> Run:
+def run(venv: Path, archive: Path, bursts: str, name: str, allowed: dict[str, list[str]]) -> Run:
+    """Twice, if need be. These tests give many things a few tenths of a second: where all processes stood still for up
+    to half a second now and then, 1 run of 6 failed. What is wrong fails again."""
+    result = run_once(venv, archive, bursts, Run(name, allowed=allowed))
+    if problems := result.problems():
+        print("Once more, for:", *problems, sep="\n")
+        result = run_once(venv, archive, bursts, Run(name, allowed=allowed))
+    return result
+
+
+def run_once(venv: Path, archive: Path, bursts: str, result: Run) -> Run:
     report = BUILD / f"sse-starlette-bursts-{bursts}.xml"
     suite = suites.unpack(archive, report.with_suffix(""))
     shutil.rmtree(suite / "sse_starlette")  # it would hide the one that is installed
