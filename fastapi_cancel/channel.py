@@ -54,6 +54,8 @@ from ._pieces import Pieces
 from .exceptions import ClientGone
 from .ladder import Ladder
 
+SECOND_LOOK = 0.05  # seconds from when a client would have stalled until we believe it
+
 
 class Channel:
     """One request's ``receive`` and ``send``, as an ASGI 2.4 server gives them.
@@ -68,6 +70,7 @@ class Channel:
 
     interrupted = False
     _sending_since: float | None = None
+    _doubted: float | None = None
     _stall_watched = False
     _closing: anyio.CancelScope | None = None
 
@@ -292,10 +295,12 @@ class Channel:
     def _check_stall(self) -> None:
         # One timer at a time, moved on when it fires: sends are many, stalls are few.
         self._stall_watched = False
-        patience = self.ladder.policy.send_timeout
-        if self._sending_since is None or patience is None:
+        patience, since = self.ladder.policy.send_timeout, self._sending_since
+        if since is None or patience is None:
             return
-        left = self._sending_since + patience - monotonic()
+        left = since + patience - monotonic()
+        if left <= 0 and self._doubted != since:  # perhaps it was the event loop that stood still
+            self._doubted, left = since, SECOND_LOOK
         if left > 0:
             self._stall_watched = True
             self.ladder.start_timer("stall", left, self._check_stall)

@@ -726,6 +726,26 @@ async def test_a_slow_reader_within_the_limit_is_served() -> None:
     assert visit.body == b"xxxxx"
 
 
+async def test_an_event_loop_that_stands_still_is_no_client_that_does_not_read() -> None:
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        visit.stall()
+        async with anyio.create_task_group() as group:
+            group.start_soon(stand_still)
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def stand_still() -> None:
+        await anyio.sleep(0.01)
+        sleep(0.2)
+        await anyio.sleep(0)
+        visit.resume()
+
+    async with asked(protected(work, send_timeout=0.1)) as visit:
+        pass
+    assert visit.body == b"x"
+
+
 async def test_a_producer_that_never_waits_gives_way() -> None:
     """C17: the client leaves in a task that gets its turn only by that."""
     started = anyio.Event()

@@ -118,7 +118,7 @@ async def crowd(app: ASGIApp, size: int) -> AsyncIterator[list[Reader]]:
     before = asyncio.all_tasks()
     tasks = [asyncio.create_task(reader.visit(app)) for reader in readers]
     try:
-        with anyio.fail_after(20):
+        with anyio.fail_after(60):
             for reader in readers:
                 await reader.there.wait()
             await settled()

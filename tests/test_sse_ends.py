@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Message
 
 from fastapi_cancel import CancelPolicy, SSEResponse, drain
+from fastapi_cancel.sse import HEARING
 from fastapi_cancel.testing import after_chunks, after_event, when
 
 from .test_sse import Events, Feed, Notes, drained, opened, visited
@@ -121,6 +123,41 @@ async def test_who_is_told_if_a_middleware_hears_first_that_the_client_has_left(
     closed, info = notes
     assert closed == {"type": "http.disconnect"}
     assert info.cause == "disconnect"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # on Trio the news ends with the stream
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_who_is_told_if_the_event_loop_stands_still_until_then(leaves: bool) -> None:
+    """It is cancelled first, and the time to hear why has passed when the loop turns again."""
+    notes, began, news = Notes(), anyio.Event(), anyio.Event()
+
+    async def receive() -> Message:
+        await news.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message.get("body"):
+            began.set()
+
+    async def hear_late() -> None:
+        await began.wait()
+        cancelled.cancel()
+        await turns()
+        time.sleep(2 * HEARING)
+        await turns()  # through the layers of middleware
+        if leaves:
+            news.set()
+
+    async def turns() -> None:
+        for _ in range(9):
+            await anyio.sleep(0)
+
+    response = SSEResponse(Feed("1").events(), on_disconnect=notes.on_disconnect)
+    async with anyio.create_task_group() as group:
+        group.start_soon(hear_late)
+        with anyio.CancelScope() as cancelled:
+            await response({"type": "http", "method": "GET", "path": "/", "headers": []}, receive, send)
+    assert [info.cause for info in notes] == ["disconnect"] * leaves
 
 
 async def test_the_close_handler_is_not_for_a_client_that_stays() -> None:
