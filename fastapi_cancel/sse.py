@@ -21,7 +21,7 @@ from . import shutdown
 from ._beside import Beside
 from ._closing import Cleanup
 from ._event_stream import EventStream, StreamInfo
-from ._parting import LOOKS
+from ._looks import within
 from .channel import Channel
 from .events import check_retry, encode
 from .ladder import Ladder
@@ -229,10 +229,8 @@ class SSEResponse(CancellableStreamingResponse, EventSourceResponse):
         if self._on_disconnect is not None or self.client_close_handler_callable is not None:
             heard = anyio.Event()
             ladder.listen(heard.set)
-            for _ in range(LOOKS):  # the event loop may stand still for one of them, and not hear
-                with anyio.move_on_after(HEARING / LOOKS, shield=True):
-                    await heard.wait()
-                    return
+            with anyio.CancelScope(shield=True):
+                await within(HEARING, heard.wait)
 
     async def _serve(self, ladder: Ladder, scope: Scope, send: Send) -> None:
         self._ladder = ladder

@@ -129,15 +129,17 @@ async def boulder(number: int) -> AsyncIterator[Any]:
 
 
 async def paced(number: int) -> AsyncIterator[Any]:
-    """Bursts, and pauses around the length of a heartbeat; one at the end until there has been one."""
+    """Bursts, and pauses around the length of a heartbeat: the last of them until there has been one."""
     state["started"] += 1
     try:
         for event in range(PACED):
-            if event % 100 == 0:
-                await anyio.sleep((0, 0.001, 0.045, 0.05, 0.055, 0.06)[event // 100 % 6])
+            if event == PACED - 100:
+                before = state["beats"]
+                while state["beats"] == before:
+                    await anyio.sleep(0.001)
+            elif event % 100 == 0:
+                await anyio.sleep((0, 0.001, 0.045, 0.05, 0.055)[event // 100])
             yield {"data": paced_data(event), "id": event}
-        while not state["beats"]:
-            await anyio.sleep(0.001)
     finally:
         await mark(number, "generator")
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from fastapi_cancel.testing import LiveServer, LiveServerError
+from fastapi_cancel.testing import LiveServerError
 
 from .matrix import (
     BEGIN,
@@ -198,17 +198,17 @@ def test_line(servers: Servers, server: str, layers: int, line: str) -> None:
         if not must_fail:
             raise
     finally:
-        if row.stops or not (holds or is_free(live, cell.opened)):
+        if row.stops or not (holds or is_free(cell)):
             servers.end()
     assert holds != must_fail, f"holds now: {difference}"
     MATRIX.as_told.add(place)
 
 
-def is_free(live: LiveServer, opened: int) -> bool:
+def is_free(cell: Cell) -> bool:
     """Whether what has failed has left no request behind, nor on its way."""
-    live.deadline = BRIEF
+    cell.live.deadline = BRIEF
     try:
-        live.wait_until_over(opened)
+        cell.live.wait_until_over(cell.opened)
     except (AssertionError, OSError):
         return False
     return True

@@ -160,6 +160,41 @@ async def test_who_is_told_if_the_event_loop_stands_still_until_then(leaves: boo
     assert [info.cause for info in notes] == ["disconnect"] * leaves
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_second_cancellation_while_we_wait_to_hear_why_there_was_one() -> None:
+    """C14: it goes through at once, and the cleanups run."""
+    notes, began, cleaning = Notes(), anyio.Event(), list[str]()
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message.get("body"):
+            began.set()
+
+    async def clean() -> None:
+        cleaning.append("begun")
+        await anyio.sleep(0.001)
+        cleaning.append("ended")
+
+    feed = Feed("1")
+    response = SSEResponse(feed.events(), on_disconnect=notes.on_disconnect, cleanup=clean)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    serving = asyncio.ensure_future(response(scope, receive, send))
+    await began.wait()
+    for expected in [], ["begun"]:
+        serving.cancel()
+        for _ in range(9):
+            await anyio.sleep(0)
+        assert cleaning[:1] == expected
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert feed.closed.is_set()
+    assert cleaning == ["begun", "ended"]
+    assert notes == []
+
+
 async def test_the_close_handler_is_not_for_a_client_that_stays() -> None:
     notes = Notes()
     await drained(SSEResponse(Feed("1").events(), client_close_handler_callable=notes.client_close))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from inspect import isawaitable
 from typing import Any
 
-import anyio
-
+from .._looks import within
 from .client import LeavingClient
 from .faults import fail_on
 from .moments import Moment, at_wait
 from .sites import told
 from .visit import Visit
-
-LOOKS = 20  # in the longest wait: a machine that stands still meanwhile, however long, adds but one
 
 Check = Callable[[Visit], Awaitable[object] | object]
 
@@ -84,12 +82,7 @@ async def chaos(
 async def _stuck(visit: Visit, longest: float) -> bool:
     """Wait for the client's leaving, or the end; have it leave from a wait that lasts too long."""
     while visit.left is None and not visit.over:
-        waits = visit.waits
-        for _ in range(LOOKS):
-            with anyio.move_on_after(longest / LOOKS):
-                await visit.until(_after(waits))
-                break
-        else:
+        if not await within(longest, partial(visit.until, _after(visit.waits))):
             visit.leave()
             return True
     return False
