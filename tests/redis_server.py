@@ -115,6 +115,6 @@ def own_redis(store: None) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def persistent_redis(store: None) -> Iterator[RedisServer]:
-    """One that may be killed, and has its data when it is back."""
-    with RedisServer("--appendonly yes") as server:
+    """One that may be killed, and has its data when it is back. By itself it writes them up to two seconds late."""
+    with RedisServer("--appendonly yes --appendfsync always") as server:
         yield server
