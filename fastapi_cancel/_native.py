@@ -18,6 +18,7 @@ from weakref import ref
 
 from starlette.types import Receive, Scope
 
+from ._later import AT_ONCE, Room, wait_for_watcher
 from ._stepper import Stepper, only_waits
 from .exceptions import RequestCancelled
 from .ladder import DUE, FORCE, RUNNING, Ladder
@@ -66,6 +67,7 @@ class NativeLadder(Ladder):
         self._task = task
         self._cancelling = task.cancelling()
         self._requests = 0
+        self._room: Room | None = None
         self._watcher: asyncio.Task[None] | Stepper | None = None
         self._helpers: tuple[asyncio.Task[Any], ...] = ()
 
@@ -77,6 +79,9 @@ class NativeLadder(Ladder):
 
     def _end(self) -> None:
         super()._end()
+        if self._room is not None:
+            self._room.pop(self, None)
+            self._room = None
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop. What is a task ends in the next one.
@@ -149,6 +154,17 @@ class NativeLadder(Ladder):
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._add_helper(_Task(function(), loop=self._task.get_loop()))
+
+    def _watch_soon(self) -> None:
+        if self._hurries or AT_ONCE in self.scope:
+            self._start_watching()
+        elif self._room is None:
+            self._room = wait_for_watcher(self, self._task.get_loop())
+
+    def watch_now(self) -> None:
+        self._hurries = True
+        self._room = None
+        self._start_watching()
 
     def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]], receive: Receive) -> None:
         watching = function()

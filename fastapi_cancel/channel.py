@@ -7,11 +7,12 @@ Theory of operation
 
 - the *application* (``_read``), when it asks for a message while the body is not complete and nobody is reading.
   The usual request body, which came with its headers, costs nothing extra this way;
-- the *watcher* (``_watch``), beside the work. It is started by the work's first wait that is not itself such
-  a read, keeps at most one message (``_ahead``) for the application, and stops while that is a piece of
-  an unfinished body: back-pressure stays with the server. The work's next wait starts it again, or the
-  end of a read by another task of the application. It may pause while the last message goes out: that is
-  seldom a wait, and uvicorn would wake it only to say that the response is complete.
+- the *watcher* (``_watch``), beside the work. It is started when the work has waited for some milliseconds
+  (:mod:`._later`); once a stream flows, by its next wait that is not itself such a read. It keeps at most one
+  message (``_ahead``) for the application, and stops while that is a piece of an unfinished body: back-pressure
+  stays with the server. The work's next wait starts it again, or the end of a read by another task of the
+  application. It may pause while the last message goes out: that is seldom a wait, and uvicorn would wake it
+  only to say that the response is complete.
 
 Once the body is complete, only the watcher reads, so that a peek (``request.is_disconnected()`` asks
 under a cancelled scope) never cancels the server's ``receive``: Hypercorn and Daphne deliver
@@ -29,6 +30,8 @@ its 413 there. If the watcher meets it, it is kept (``_error``) for the applicat
 
 Races, and why each is harmless:
 
+- *the client leaves before it is watched*: the watcher is told so when it starts, if the work still runs. No state of
+  a server's is gone by then; but Granian stops answering RSGI when it stops, so there it starts at the first wait.
 - *http.disconnect while the last message is going out*: uvicorn answers it as soon as the response is
   complete. ``_finishing`` is set before that message is handed on, so it is read as the end it is. But that
   ``send`` must return soon: Hypercorn's never does once an HTTP/2 stream has been reset that had no credit.
@@ -266,6 +269,7 @@ class Channel:
                 self.ladder.watch = None  # nobody will send again
         elif not self._flowing and kind == "http.response.body":
             self._flowing = True
+            self.ladder.hurry()  # the rest of a stream is not over in a moment
 
     @property
     def started(self) -> bool:

@@ -55,7 +55,8 @@ from __future__ import annotations
 import logging
 import threading
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType, coroutine
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -96,7 +97,7 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
     :ivar reason: what whoever stopped it says about that
     :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
-    :ivar watch: called when the work waits, until it returns True: the client is watched
+    :ivar watch: called when the work waits, or a little later, until it returns True: the client is watched
     :ivar parting: called when the grace is over, before the cancellation
     """
 
@@ -113,7 +114,7 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
         self.waits = 0
         self.watch: Callable[[], bool] | None = None
         self.parting: Callable[[], object] | None = None
-        self._watched = False
+        self._watched = self._hurries = False
         self._restless = True
         self._waiting_for: Any = RUNNING
         self._listeners: tuple[Callable[[], object], ...] = ()
@@ -225,34 +226,43 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
         """Step the work by hand, to see its waits. One that never waits costs next to nothing."""
         if self.policy.timeout is not None:
             self._start_limit()
-        step: Callable[[Any], Any] = work.send
+        steps: Iterator[Any] = work.__await__()
+        waits: Any = steps
+        step: Any = None
         value: Any = None
+        waiting_for: Any = None
         try:
             while True:
-                waiting_for = self._waiting_for = step(value)
-                self.waits += 1
-                # A bare yield, `sleep(0)`, is over in the next turn: one or two are not worth a watcher.
-                if self._restless and (waiting_for is not None or self.waits > 2):
-                    self._on_wait()
-                try:
-                    value = yield waiting_for
-                    self._waiting_for = RUNNING
-                except GeneratorExit:
-                    work.close()
-                    raise
-                except BaseException as exc:
-                    self._waiting_for = RUNNING
-                    self._thrown(exc)
-                    step, value = work.throw, exc
+                for waiting_for in waits:  # half the price of `work.send(None)`
+                    self._waiting_for = waiting_for
+                    self.waits += 1
+                    # A bare yield, `sleep(0)`, is over in the next turn: one or two are not worth a watcher.
+                    if self._restless and (waiting_for is not None or self.waits > 2):
+                        self._on_wait()
+                    try:
+                        value = yield waiting_for
+                        self._waiting_for = RUNNING
+                    except GeneratorExit:
+                        work.close()
+                        raise
+                    except BaseException as exc:
+                        self._waiting_for = RUNNING
+                        self._thrown(exc)
+                        step, value = work.throw, exc
+                        break
+                    if value is not None:  # Trio says so what came of the wait
+                        step = work.send
+                        break
                 else:
-                    step = work.send
+                    return
+                waits = chain((step(value),), steps)
         except StopIteration:
             pass  # the work has returned
         except BaseException as exc:
             if not self._swallows(exc):
                 raise
         finally:
-            del step, value  # an exception would hold this frame, which holds it
+            waits = waiting_for = step = value = None  # an exception would hold this frame, which holds it
             self._end()
 
     def _end(self) -> None:
@@ -271,10 +281,21 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
 
     def _on_wait(self) -> None:
         self._restless = False
-        self._start_watching()  # which may have news at once
+        self._watch_soon()  # which may have news at once
         if self.state in (DUE, FORCE):
             self._restless = True
             self._call_soon(self._attempt)
+
+    def _watch_soon(self) -> None:
+        """The work waits, and may go on to: start watching, now or a little later."""
+        self._start_watching()
+
+    def hurry(self) -> None:
+        """A stream flows: start watching now or, if the work itself has sent the first piece, at its next wait."""
+        self._hurries = True
+        if not self._watched:
+            self._restless = True
+            self.watch_again()
 
     # -- the rungs ---------------------------------------------------------------------------
 

@@ -25,6 +25,9 @@ from .policy import CancelPolicy, Cause
 KEY = "fastapi_cancel"
 """Where the scope keeps its :class:`Channel`; ``None`` there: the endpoint opted out."""
 
+SPEC = {"spec_version": "2.4"}
+"""What the application is told of the server: that its ``send`` raises."""
+
 STATUS: dict[Cause, int] = {"disconnect": 499, "stalled": 499, "timeout": 504, "shutdown": 503}
 """What a request that ended before its response began is answered with. Nobody but middleware and
 access logs will see a 499 (nginx's number for it)."""
@@ -58,7 +61,7 @@ async def protect(
     ladder = ladder_for(policy, scope)
     channel = Channel(scope, receive, send, ladder, response)
     asgi = scope.get("asgi")  # Starlette's TestClient gives none
-    scope["asgi"] = {**(asgi or {}), "spec_version": "2.4"}
+    scope["asgi"] = (asgi or {}) | SPEC
     scope[KEY] = channel
     try:
         await ladder.run(app(scope, channel.receive, channel.send))

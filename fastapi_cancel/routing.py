@@ -72,12 +72,12 @@ class CancellableRoute(APIRoute):
         return policy_of(self._declared, self.policy)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._in_force is None:
+        if (policy := self._in_force) is None:
             scope[KEY] = None
             await super().handle(scope, receive, send)
         else:
             app = super().handle if self.stoppable is None else self._run
-            await protect(app, scope, receive, send, self._in_force)
+            await protect(app, scope, receive, send, policy)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.stoppable is not None

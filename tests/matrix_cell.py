@@ -6,7 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from signal import SIGKILL
 from typing import Any, TypeAlias
 
@@ -156,6 +156,18 @@ class Cell:
         """Tell the server to stop."""
         self.stopped = True
         self.live.send_signal()
+
+    def wait(self) -> int:
+        """Wait until the server has ended: its exit code.
+
+        Granian asks an HTTP/2 client first whether it is still there (PING): that one answers, as browsers do.
+        """
+        if self._connection is not None:
+            end = time.monotonic() + self.live.deadline
+            with suppress(ConnectionError):
+                while True:
+                    self._connection._pump("the server's end", end, self._connection._inbox)
+        return self.live.wait()
 
     def until(self, **expected: object) -> dict[str, Any]:
         """Wait until the application says so of itself."""

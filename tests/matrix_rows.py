@@ -329,7 +329,7 @@ def sigterm_during_cleanup(cell: Cell) -> None:
     cell.hang_up(request)
     cell.until(seen=["cleaning"])
     cell.stop()
-    assert cell.live.wait() in ENDED
+    assert cell.wait() in ENDED
     assert "[INFO] cleaned" in cell.live.log
 
 
@@ -525,5 +525,5 @@ def farewell(cell: Cell) -> None:
         request.until(b"first")
     cell.stop()
     assert [FAREWELL in request.rest() for request in requests] == [True] * 3
-    assert cell.live.wait() in ENDED
+    assert cell.wait() in ENDED
     assert cell.live.log.count("[INFO] stream cleaned") == 3

@@ -13,7 +13,7 @@ import anyio
 import pytest
 from anyio.to_thread import run_sync
 
-from fastapi_cancel import CancelPolicy, _native
+from fastapi_cancel import CancelPolicy, Cause, _native
 from fastapi_cancel._native import NativeLadder
 from fastapi_cancel._scoped import GroupLadder, ScopedLadder
 from fastapi_cancel.ladder import DONE, Ladder
@@ -673,6 +673,46 @@ async def test_a_request_leaves_no_reference_cycle(kind: str) -> None:
         ladders = [await host(cancelled) for _ in range(10)]
         await asyncio.sleep(0)  # the helpers end a turn later
         assert [ladder() for ladder in ladders] == [None] * 10
+    finally:
+        gc.enable()
+
+
+@native
+@pytest.mark.parametrize("cause", [None, "disconnect"])
+async def test_nor_does_one_whose_wait_fails(kind: str, cause: Cause | None) -> None:
+    """In the work, or in its cleanup: an error refers to the frames that it went through, and they to the wait."""
+
+    class Resource:
+        pass
+
+    def failing() -> asyncio.Future[None]:
+        future = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(future.set_exception, ZeroDivisionError())
+        return future
+
+    async def host() -> weakref.ref[Resource]:
+        ladder, resource = make(kind), Resource()
+
+        async def work(resource: Resource) -> None:
+            try:
+                if cause is not None:
+                    asyncio.get_running_loop().call_soon(ladder.signal, cause)
+                    await asyncio.sleep(60)
+            finally:
+                await failing()
+
+        try:
+            await ladder.run(work(resource))
+        except ZeroDivisionError:
+            return weakref.ref(resource)
+        raise AssertionError("no error")
+
+    gc.collect()
+    gc.disable()
+    try:
+        resource = await host()
+        await asyncio.sleep(0)
+        assert resource() is None
     finally:
         gc.enable()
 

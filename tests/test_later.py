@@ -1,0 +1,394 @@
+"""Watchers that start a little later. In process, on asyncio; the last on a server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from fastapi_cancel import CancelPolicy, _later
+from fastapi_cancel._native import NativeLadder
+from fastapi_cancel.protect import KEY, protect
+
+from .conftest import Start, assert_nothing_left
+
+pytestmark = pytest.mark.anyio
+
+BODY = {"type": "http.request", "body": b""}
+LEFT = {"type": "http.disconnect"}
+START = {"type": "http.response.start", "status": 200, "headers": []}
+PIECE = {"type": "http.response.body", "body": b"piece", "more_body": True}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no wait were ever long enough to be watched."""
+    monkeypatch.setattr(_later, "LATER", 3600)
+
+
+@pytest.fixture(autouse=True)
+def nobody_waits() -> Iterator[None]:
+    yield
+    _later._rounds.clear()  # of event loops that are over, as far as their tests did not wait for the last round
+
+
+async def discard(message: Message) -> None:
+    pass
+
+
+class Client:
+    """Its messages, as a server that only waits gives them.
+
+    :ivar readers: how many wait for the next one
+    """
+
+    def __init__(self, *messages: Message) -> None:
+        self._messages: asyncio.Queue[Message] = asyncio.Queue()
+        for message in messages:
+            self._messages.put_nowait(message)
+        self.receive = self._messages.get
+
+    @property
+    def readers(self) -> int:
+        return len(self._messages._getters)  # type: ignore[attr-defined]
+
+    def leave(self) -> None:
+        self._messages.put_nowait(LEFT)
+
+    async def ask(self, work: Any, send: Send = discard, receive: Receive | None = None) -> None:
+        scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        async with asyncio.timeout(20):  # for a watcher that does not come
+            await protect(work, scope, receive or self.receive, send, CancelPolicy())
+
+
+async def until_watched(client: Client) -> None:
+    async with asyncio.timeout(20):
+        while not client.readers:
+            await asyncio.sleep(0.001)
+
+
+async def some_turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.usefixtures("never")
+async def test_a_short_wait_is_not_watched() -> None:
+    client = Client(BODY)
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        await some_turns()
+        seen.append(client.readers)
+
+    await client.ask(work)
+    assert seen == [0]
+
+
+async def test_a_longer_one_is() -> None:
+    """C3: a client that leaves then is noticed as soon as the server says so, in the middle of the same wait."""
+    client = Client(BODY)
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append(scope[KEY].ladder.cause)
+
+    task = asyncio.create_task(client.ask(work))
+    await until_watched(client)
+    client.leave()
+    await task
+    assert seen == ["disconnect"]
+
+
+@pytest.mark.parametrize("short", [True, False])
+async def test_who_left_in_the_meantime_is_noticed_then(short: bool) -> None:
+    """Also by a work that never waits for long."""
+    client = Client(BODY, LEFT)
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            while True:
+                await asyncio.sleep(0.0001 if short else 60)
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append(scope[KEY].ladder.cause)
+
+    await client.ask(work)
+    assert seen == ["disconnect"]
+
+
+@pytest.mark.usefixtures("never")
+async def test_a_handler_that_asks_is_told_at_once() -> None:
+    client = Client(BODY, LEFT)
+    seen: list[bool] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        request = Request(scope, receive)
+        await request.body()
+        seen.append(await request.is_disconnected())
+
+    await client.ask(work)
+    assert seen == [True]
+
+
+@pytest.mark.usefixtures("never")
+async def test_a_stream_that_has_begun_is_watched_from_its_next_wait_on() -> None:
+    client = Client(BODY)
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        await send(START)
+        await asyncio.sleep(0.001)
+        seen.append(client.readers)
+        await send(PIECE)
+        await asyncio.sleep(0.001)
+        seen.append(client.readers)
+        await send(PIECE)
+        await asyncio.sleep(0.001)
+        seen.append(client.readers)
+
+    await client.ask(work)
+    assert seen == [0, 1, 1]
+
+
+@pytest.mark.usefixtures("never")
+async def test_a_stream_that_a_task_of_the_work_s_begins_is_watched_at_once() -> None:
+    """The work waits for that task, and may not wait anew. To read before would have invited the body."""
+    client = Client()
+    seen: list[int] = []
+
+    async def stream(send: Send) -> None:
+        await send(START)
+        await asyncio.sleep(0.001)
+        seen.append(client.readers)
+        await send(PIECE)
+        seen.append(client.readers)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["headers"].append((b"expect", b"100-continue"))
+        await asyncio.create_task(stream(send))
+
+    await client.ask(work)
+    assert seen == [0, 1]
+
+
+async def test_who_may_not_read_yet_tries_again_at_each_wait() -> None:
+    """The work reads the body itself when its watcher is due."""
+    client = Client()
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        asyncio.get_running_loop().call_later(0.05, client._messages.put_nowait, BODY)
+        await receive()
+        await asyncio.sleep(0.001)
+        seen.append(client.readers)
+
+    await client.ask(work)
+    assert seen == [1]
+
+
+async def test_it_starts_in_the_context_of_its_request() -> None:
+    """Not in that of the one for whom the timer was started."""
+    name: ContextVar[str] = ContextVar("name")
+    seen: list[str] = []
+    watched = asyncio.Event()
+
+    async def one(mine: str) -> None:
+        name.set(mine)
+        client = Client(BODY)
+
+        async def receive() -> Message:
+            seen.append(name.get())
+            if len(seen) == 4:
+                watched.set()
+            return await client.receive()
+
+        async def work(scope: Scope, receive: Receive, send: Send) -> None:
+            await watched.wait()
+
+        await client.ask(work, receive=receive)
+
+    await asyncio.gather(one("a"), one("b"))
+    assert sorted(seen) == ["a", "a", "b", "b"]
+
+
+async def test_one_that_does_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = Client(BODY), Client(BODY)
+    watch_now = NativeLadder.watch_now
+    broken: list[NativeLadder] = []
+
+    def fail(self: NativeLadder) -> None:
+        if not broken:
+            broken.append(self)
+            raise ZeroDivisionError
+        watch_now(self)
+
+    monkeypatch.setattr(NativeLadder, "watch_now", fail)
+    logged: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["exception"]))
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await until_watched(second)
+
+    await asyncio.gather(first.ask(work), second.ask(work))
+    assert len(broken) == 1
+    assert [type(each) for each in logged] == [ZeroDivisionError]
+
+
+async def test_nothing_is_kept_of_a_request_that_is_over() -> None:
+    client = Client(BODY)
+    ladders: list[weakref.ref[Any]] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        ladders.append(weakref.ref(scope[KEY].ladder))
+        await asyncio.sleep(0)
+        await asyncio.get_running_loop().run_in_executor(None, lambda: None)
+
+    gc.disable()
+    try:
+        await client.ask(work)
+        assert ladders[0]() is None
+    finally:
+        gc.enable()
+
+
+async def test_who_is_watched_already_is_not_kept_by_who_was_not_yet() -> None:
+    """They waited in the same room."""
+    client, other = Client(BODY), Client(BODY)
+    ladders: list[weakref.ref[Any]] = []
+    kept: list[Any] = []
+
+    async def short(scope: Scope, receive: Receive, send: Send) -> None:
+        kept.append(scope[KEY].ladder)
+        await asyncio.sleep(0.0001)
+
+    async def long(scope: Scope, receive: Receive, send: Send) -> None:
+        ladders.append(weakref.ref(scope[KEY].ladder))
+        await until_watched(other)
+
+    gc.disable()
+    try:
+        await asyncio.gather(client.ask(short), other.ask(long))
+        await some_turns()
+        assert ladders[0]() is None
+    finally:
+        gc.enable()
+
+
+async def test_the_timer_keeps_no_request_s_context() -> None:
+    """Under load it is set again and again, by whoever happens to run then."""
+    name: ContextVar[Any] = ContextVar("name")
+    client = Client(BODY)
+
+    class Session:
+        pass
+
+    async def first() -> weakref.ref[Session]:
+        session = Session()
+        name.set(session)
+        await client.ask(short)
+        return weakref.ref(session)
+
+    async def short(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+
+    async def steady(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+
+    gc.disable()
+    try:
+        session = await asyncio.create_task(first())
+        for _ in range(10):
+            await client.ask(steady)
+            assert _later._rounds
+        assert session() is None
+    finally:
+        gc.enable()
+
+
+async def test_no_timer_is_left_when_nobody_waits() -> None:
+    client = Client(BODY)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+
+    await client.ask(work)
+    assert len(_later._rounds) == 1
+    while _later._rounds:
+        await asyncio.sleep(0.001)
+
+    async def long(scope: Scope, receive: Receive, send: Send) -> None:
+        await until_watched(client)
+        while _later._rounds:  # one that is watched needs no more rounds
+            await asyncio.sleep(0.001)
+
+    await client.ask(long)
+
+
+def test_an_event_loop_that_stopped_meanwhile_is_forgotten() -> None:
+    """It may go on, and make its last round then."""
+    seen: list[Any] = []
+
+    async def short(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+
+    async def long(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append(scope[KEY].ladder.cause)
+
+    def in_another_loop() -> None:
+        asyncio.run(Client(BODY).ask(short))
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _, context: seen.append(context))
+    try:
+        task = loop.create_task(Client(BODY, LEFT).ask(long))
+        loop.run_until_complete(asyncio.sleep(0))
+        assert list(_later._rounds) == [loop]
+        in_another_loop()
+        assert loop not in _later._rounds
+        loop.run_until_complete(task)
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert seen == ["disconnect"]
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("middleware", [0, 5])
+@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "daphne", "granian", "granian-rsgi", "gunicorn"])
+def test_a_client_that_leaves_at_once_is_noticed(running: Start, server: str, middleware: int) -> None:
+    """Before its handler begins to wait, while it is not watched yet, or just when it is."""
+    live = running(server, middleware)
+    for milliseconds in range(8):
+        client = live.open("/handler")
+        time.sleep(milliseconds / 1000)
+        client.abort()
+    client = live.open("/handler")
+    started = live.wait_for("/stats", started=lambda started: started > 0)["started"]
+    client.abort()
+    state = live.wait_for("/stats", running=0, started=lambda now: now >= started)
+    assert state["cleaned"] == state["started"]
+    assert_nothing_left(live)
