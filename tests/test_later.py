@@ -68,9 +68,11 @@ class Client:
     def leave(self) -> None:
         self._messages.put_nowait(LEFT)
 
-    async def ask(self, work: Any, send: Send = discard, receive: Receive | None = None) -> None:
+    async def ask(
+        self, work: Any, send: Send = discard, receive: Receive | None = None, limit: float | None = 20
+    ) -> None:
         scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-        async with asyncio.timeout(20):  # for a watcher that does not come
+        async with asyncio.timeout(limit):  # for a watcher that does not come
             await protect(work, scope, receive or self.receive, send, CancelPolicy())
 
 
@@ -307,7 +309,7 @@ async def test_the_timer_keeps_no_request_s_context() -> None:
     async def first() -> weakref.ref[Session]:
         session = Session()
         name.set(session)
-        await client.ask(short)
+        await client.ask(short, limit=None)  # a timer keeps its context, too, and for longer
         return weakref.ref(session)
 
     async def short(scope: Scope, receive: Receive, send: Send) -> None:
