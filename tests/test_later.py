@@ -198,9 +198,15 @@ async def test_who_may_not_read_yet_tries_again_at_each_wait() -> None:
     client = Client()
     seen: list[int] = []
 
+    async def come(ladder: NativeLadder) -> None:
+        while not ladder._hurries:
+            await asyncio.sleep(0.001)
+        client._messages.put_nowait(BODY)
+
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        asyncio.get_running_loop().call_later(0.05, client._messages.put_nowait, BODY)
+        coming = asyncio.create_task(come(scope[KEY].ladder))
         await receive()
+        await coming
         await asyncio.sleep(0.001)
         seen.append(client.readers)
 
