@@ -112,6 +112,12 @@ def build(variant: str, layers: int = 0) -> FastAPI:
         await asyncio.sleep(0.001)
         return {"hello": "world"}
 
+    @router.get("/sleep-long")
+    @guard
+    async def sleep_long() -> dict[str, str]:
+        await asyncio.sleep(0.02)
+        return {"hello": "world"}
+
     @router.post("/body")
     @guard
     async def body(item: Item) -> Item:

@@ -22,6 +22,7 @@ ROWS = [
     ("never waits", "/never", VARIANTS),
     ("waits for one turn of the loop, `sleep(0)`", "/turn", VARIANTS),
     ("waits for a timer, `sleep(0.001)`", "/sleep", [*VARIANTS, BARE]),
+    ("waits for a timer, `sleep(0.02)`", "/sleep-long", [*VARIANTS, BARE]),
 ]
 
 

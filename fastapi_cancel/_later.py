@@ -15,7 +15,8 @@ from typing import Protocol
 LATER = 0.002  # seconds
 
 AT_ONCE = "fastapi_cancel.at_once"
-"""In the scope of a request: watch it from its first wait on. For tests that have a client leave there."""
+"""In the scope of a request: watch it from its first wait on. For tests that have a client leave there, and for a
+server that may not say so any more a little later."""
 
 
 class Waiting(Protocol):

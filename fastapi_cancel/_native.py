@@ -158,7 +158,7 @@ class NativeLadder(Ladder):
     def _watch_soon(self) -> None:
         if self._hurries or AT_ONCE in self.scope:
             self._start_watching()
-        elif self._room is None:
+        elif self._room is None and self.watch is not None:
             self._room = wait_for_watcher(self, self._task.get_loop())
 
     def watch_now(self) -> None:

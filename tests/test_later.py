@@ -342,6 +342,18 @@ async def test_no_timer_is_left_when_nobody_waits() -> None:
     await client.ask(long)
 
 
+async def test_nobody_waits_to_be_watched_when_the_response_is_complete() -> None:
+    client = Client(BODY)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await send({"type": "http.response.body"})
+        await asyncio.sleep(0.0001)  # a background task's
+        assert not _later._rounds
+
+    await client.ask(work)
+
+
 def test_an_event_loop_that_stopped_meanwhile_is_forgotten() -> None:
     """It may go on, and make its last round then."""
     seen: list[Any] = []
