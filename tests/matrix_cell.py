@@ -162,7 +162,7 @@ class Cell:
 
         Granian asks an HTTP/2 client first whether it is still there (PING): that one answers, as browsers do.
         """
-        if self._connection is not None:
+        if self._connection is not None and self._connection.socket.fileno() >= 0:  # it has not left
             end = time.monotonic() + self.live.deadline
             with suppress(ConnectionError):
                 while True:
