@@ -385,6 +385,20 @@ def test_an_event_loop_that_stopped_meanwhile_is_forgotten() -> None:
         loop.close()
 
 
+@pytest.mark.usefixtures("never")
+async def test_one_that_runs_in_another_thread_is_not() -> None:
+    client = Client(BODY)
+
+    async def short(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.to_thread(lambda: asyncio.run(Client(BODY).ask(short)))
+        assert asyncio.get_running_loop() in _later._rounds
+
+    await client.ask(work)
+
+
 @pytest.mark.parametrize("middleware", [0, 5])
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "daphne", "granian", "granian-rsgi", "gunicorn"])
 def test_a_client_that_leaves_at_once_is_noticed(running: Start, server: str, middleware: int) -> None:
