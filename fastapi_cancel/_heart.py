@@ -10,6 +10,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable
+from contextvars import Context
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import ceil
@@ -122,7 +123,8 @@ def current_heart() -> Heart:
         def call_later(seconds: float, function: Callable[[], object]) -> asyncio.TimerHandle:
             loop = of()
             assert loop is not None
-            return loop.call_later(seconds, function)
+            # In a context of its own: that of a request would be handed on from beat to beat.
+            return loop.call_later(seconds, function, context=Context())
 
         heart = _hearts[loop] = Heart(call_later)
     return heart

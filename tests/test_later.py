@@ -80,6 +80,11 @@ async def until_watched(client: Client) -> None:
             await asyncio.sleep(0.001)
 
 
+async def short(scope: Scope, receive: Receive, send: Send) -> None:
+    """A work that waits for a moment."""
+    await asyncio.sleep(0.0001)
+
+
 async def some_turns() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
@@ -118,8 +123,8 @@ async def test_a_longer_one_is() -> None:
     assert seen == ["disconnect"]
 
 
-@pytest.mark.parametrize("short", [True, False])
-async def test_who_left_in_the_meantime_is_noticed_then(short: bool) -> None:
+@pytest.mark.parametrize("wait", [0.0001, 60])
+async def test_who_left_in_the_meantime_is_noticed_then(wait: float) -> None:
     """Also by a work that never waits for long."""
     client = Client(BODY, LEFT)
     seen: list[Any] = []
@@ -127,7 +132,7 @@ async def test_who_left_in_the_meantime_is_noticed_then(short: bool) -> None:
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             while True:
-                await asyncio.sleep(0.0001 if short else 60)
+                await asyncio.sleep(wait)
         finally:
             await asyncio.sleep(0.001)
             seen.append(scope[KEY].ladder.cause)
@@ -325,11 +330,7 @@ async def test_the_timer_keeps_no_request_s_context(monkeypatch: pytest.MonkeyPa
 
 async def test_no_timer_is_left_when_nobody_waits() -> None:
     client = Client(BODY)
-
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.0001)
-
-    await client.ask(work)
+    await client.ask(short)
     assert len(_later._rounds) == 1
     while _later._rounds:
         await asyncio.sleep(0.001)
@@ -357,9 +358,6 @@ async def test_nobody_waits_to_be_watched_when_the_response_is_complete() -> Non
 def test_an_event_loop_that_stopped_meanwhile_is_forgotten() -> None:
     """It may go on, and make its last round then."""
     seen: list[Any] = []
-
-    async def short(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.0001)
 
     async def long(scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -389,10 +387,9 @@ def test_an_event_loop_that_stopped_meanwhile_is_forgotten() -> None:
 async def test_one_that_runs_in_another_thread_is_not() -> None:
     client = Client(BODY)
 
-    async def short(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.0001)
-
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await some_turns()
+        assert list(_later._rounds) == [asyncio.get_running_loop()]
         await asyncio.to_thread(lambda: asyncio.run(Client(BODY).ask(short)))
         assert asyncio.get_running_loop() in _later._rounds
 

@@ -45,7 +45,7 @@ from fastapi_cancel import (
 )
 from fastapi_cancel._ahead import Ahead
 from fastapi_cancel._feed import MAX_BYTES
-from fastapi_cancel._heart import AT_ONCE, Heart, _hearts
+from fastapi_cancel._heart import AT_ONCE, Heart, _hearts, current_heart
 from fastapi_cancel.exceptions import Stalled
 from fastapi_cancel.testing import (
     LeavingClient,
@@ -643,6 +643,24 @@ async def test_nothing_is_kept_of_streams_that_ended() -> None:
         ended = thread.submit(asyncio.run, stream()).result()
     gc.collect()
     assert ended() is None
+
+
+async def test_the_heart_keeps_no_stream_s_context() -> None:
+    """It may beat for days, and would hand that of the first stream on from beat to beat."""
+    name: ContextVar[str] = ContextVar("name")
+    seen: list[str | None] = []
+
+    def look(now: float) -> float:
+        seen.append(name.get(None))
+        return now
+
+    name.set("a stream's")
+    pulse = current_heart().add(look, 0)
+    with anyio.fail_after(5):
+        while len(seen) < 2:
+            await anyio.sleep(0.001)
+    pulse.stop()
+    assert set(seen) == {None}
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
