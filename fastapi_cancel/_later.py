@@ -24,6 +24,8 @@ class Waiting(Protocol):
 
     def watch_now(self) -> None: ...
 
+    def name(self) -> str: ...
+
 
 Room = dict[Waiting, Context]
 """Where a request waits for its watcher; it takes itself out when it is over before."""
@@ -42,12 +44,16 @@ class _Rounds:
 
     def _go(self) -> None:
         due, self._next, self.room = self._next, self.room, {}
-        for waiting, context in due.items():
-            self._loop.call_soon(waiting.watch_now, context=context)  # each by itself, should one of them raise
         if self._next:
             self._sleep()
         elif _rounds.get(self._loop) is self:
             del _rounds[self._loop]
+        while due:
+            waiting, context = due.popitem()
+            try:
+                context.run(waiting.watch_now)
+            except Exception as exc:  # the others are watched all the same
+                self._loop.call_exception_handler({"message": f"{waiting.name()}: not watched", "exception": exc})
 
 
 _rounds: dict[asyncio.AbstractEventLoop, _Rounds] = {}

@@ -245,26 +245,29 @@ async def test_it_starts_in_the_context_of_its_request() -> None:
 
 
 async def test_one_that_does_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = Client(BODY), Client(BODY)
     watch_now = NativeLadder.watch_now
-    broken: list[NativeLadder] = []
+    called: list[NativeLadder] = []
+    watched = asyncio.Event()
 
-    def fail(self: NativeLadder) -> None:
-        if not broken:
-            broken.append(self)
+    def fail_once(self: NativeLadder) -> None:
+        called.append(self)
+        if len(called) == 1:
             raise ZeroDivisionError
         watch_now(self)
+        watched.set()
 
-    monkeypatch.setattr(NativeLadder, "watch_now", fail)
+    monkeypatch.setattr(NativeLadder, "watch_now", fail_once)
     logged: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["exception"]))
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await until_watched(second)
+        await watched.wait()
 
-    await asyncio.gather(first.ask(work), second.ask(work))
-    assert len(broken) == 1
-    assert [type(each) for each in logged] == [ZeroDivisionError]
+    await asyncio.gather(Client(BODY).ask(work), Client(BODY).ask(work))
+    assert len(set(called)) == 2
+    assert [(context["message"], type(context["exception"])) for context in logged] == [
+        ("GET /: not watched", ZeroDivisionError)
+    ]
 
 
 async def test_nothing_is_kept_of_a_request_that_is_over() -> None:
