@@ -17,6 +17,8 @@ from fastapi_cancel.testing.http2 import Http2Stream
 APP = "tests.matrix_app:app"
 STUCK = 0.1  # seconds in one ``send``
 LOOK = 0.005  # seconds between two looks
+OF_THE_TEST = frozenset({"/stats", "/reset", "/orders", "/open-gates"})
+"""What a line asks for itself, besides what its clients do."""
 
 EMPTY: Mapping[str, str] = {}
 
@@ -183,14 +185,17 @@ class Cell:
             time.sleep(LOOK)
 
     def visits(self, *paths: str) -> list[ServedVisit]:
-        """What has become of the requests for ``paths``, so far."""
-        return [visit for visit in self.live.visits if visit.path in paths]
+        """What has become of the requests for ``paths``, or of all that were opened, so far."""
+        return [
+            visit for visit in self.live.visits if (visit.path in paths if paths else visit.path not in OF_THE_TEST)
+        ]
 
     def over(self, *paths: str) -> list[ServedVisit]:
-        """The same, once they are over."""
+        """The same, once they have begun and are over."""
+        count = 1 if paths else self.opened
         end = time.monotonic() + self.live.deadline
-        while not (visits := self.visits(*paths)) or any(visit.ended is None for visit in visits):
-            assert time.monotonic() < end, self.live.json(RUNNING)
+        while len(visits := self.visits(*paths)) < count or any(visit.ended is None for visit in visits):
+            assert time.monotonic() < end, f"{len(visits)} of {count}, {self.live.json(RUNNING)}"
             time.sleep(LOOK)
         return visits
 
@@ -200,9 +205,9 @@ class Cell:
         if self.stopped:
             assert self.live.complaints(*self._may_say) == []
             return
-        visits = self.live.wait_until_over(self.opened)
+        self.over()
         if self.is_clean:
-            faults = [str(fault) for visit in visits for fault in visit.faults]
+            faults = [str(fault) for visit in self.live.wait_until_over() for fault in visit.faults]
             faults = [fault for fault in faults if not any(re.search(each, fault) for each in self._may_say)]
             assert faults + self.live.complaints(*self._may_say) == []
 

@@ -380,7 +380,7 @@ MARKS = ["cleanup", "generator", "on_disconnect"]
 def marked(cell: Cell, count: int, marks: list[str] = MARKS, over: bool = True) -> dict[str, Any]:
     """Wait until all is over: each of ``marks`` was left by each stream, once, and nothing else was."""
     if over:
-        cell.live.wait_until_over(cell.opened)
+        cell.over()
     expected = sorted(f"{number} {name}" for number in range(1, count + 1) for name in marks)
     state = cell.until(seen=lambda seen: len(seen) >= len(expected))
     assert sorted(state["seen"]) == expected

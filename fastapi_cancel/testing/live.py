@@ -304,7 +304,7 @@ class LiveServer:
     def wait_until_over(self, count: int = 0) -> list[ServedVisit]:
         """Wait until no request runs.
 
-        :param count: of requests that must have been there at least
+        :param count: of requests that must have been there at least, whoever asked
         :return: all of them
         :raises AssertionError: some go on: the message says where they wait; or there were fewer
         """
@@ -324,7 +324,7 @@ class LiveServer:
     def assert_clean(self, count: int = 0, but: Sequence[str] = ()) -> None:
         """Every request has ended, cleaned up and left nothing; the log has nothing that a person would look at.
 
-        :param count: of requests that must have been there at least
+        :param count: of requests that must have been there at least, whoever asked
         :param but: regular expressions of what may be in the log
         :raises AssertionError: names each fault, with the line to look at
         """
