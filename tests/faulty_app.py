@@ -169,7 +169,7 @@ async def fixed_export(shop: OurShop) -> Response:
 
 async def new_orders(shop: Shop) -> AsyncIterator[str]:
     """A client that leaves while the last orders are read leaves a connection that nobody gives back."""
-    subscription = shop.redis.pubsub()
+    subscription = shop.redis.pubsub(ignore_subscribe_messages=True)
     await subscription.subscribe("orders")
     for order in await shop.redis.lrange("orders", 0, 9):
         yield str(order)
@@ -181,13 +181,15 @@ async def new_orders(shop: Shop) -> AsyncIterator[str]:
 
 
 async def fixed_new_orders(shop: Shop) -> AsyncIterator[str]:
-    subscription = shop.redis.pubsub()
+    subscription = shop.redis.pubsub(ignore_subscribe_messages=True)
     try:
         await subscription.subscribe("orders")
         for order in await shop.redis.lrange("orders", 0, 9):
             yield str(order)
-        async for message in subscription.listen():
-            yield str(message["data"])
+        messages: Any = subscription.listen()
+        async with aclosing(messages):
+            async for message in messages:
+                yield str(message["data"])
     finally:
         await subscription.aclose()  # type: ignore[no-untyped-call]
 
