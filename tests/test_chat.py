@@ -20,7 +20,6 @@ from fastapi_cancel.testing.sockets import RawClient
 
 from .conftest import DEADLINE, ROOT
 
-PROMPT = 3.0  # seconds: what a person with a finger on Ctrl-C puts up with
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)")
 
 # The example with something changed or added, and a look inside.
@@ -68,7 +67,7 @@ class Demo(ExitStack):
 
     def stop(self, sig: int) -> int:
         self.process.send_signal(sig)
-        return self.process.wait(PROMPT)
+        return self.process.wait(DEADLINE)
 
     def get(self, path: str) -> Any:
         with RawClient(self.port) as client:
@@ -319,7 +318,7 @@ def test_stops_at_once_with_open_streams(sig: int) -> None:
 
 
 def test_stops_though_somebody_does_not_read() -> None:
-    change = "app.room.queue = 10**6\n__main__.main()"
+    change = "app.room.queue = 10**6\napp.SEND_TIMEOUT = 3600\n__main__.main()"
     with (
         Demo("-c", PROBED + change) as demo,
         Person(demo, "Ada") as ada,
