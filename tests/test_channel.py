@@ -412,13 +412,13 @@ async def test_a_disconnect_after_a_task_of_the_work_has_read_the_body(body: lis
         pass
 
 
-@pytest.mark.parametrize("policy", [{"grace": 4}, {"causes": ["stop"]}])
+@pytest.mark.parametrize("policy", [{"grace": 60}, {"causes": ["stop"]}])
 async def test_receive_answers_at_once_that_the_client_has_left(policy: dict[str, Any]) -> None:
     """Also within a grace, and if nobody listens to that."""
     seen: list[str] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        with anyio.fail_after(2):
+        with anyio.fail_after(20):
             while (await receive())["type"] != "http.disconnect":
                 pass
         seen.append("told")
