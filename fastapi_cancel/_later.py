@@ -12,6 +12,10 @@ import asyncio
 from contextvars import Context, copy_context
 from typing import Protocol
 
+from starlette.types import Scope
+
+from .ladder import name_of
+
 LATER = 0.002  # seconds
 
 AT_ONCE = "fastapi_cancel.at_once"
@@ -22,9 +26,9 @@ server that may not say so any more a little later."""
 class Waiting(Protocol):
     """A request that has begun to wait."""
 
-    def watch_now(self) -> None: ...
+    scope: Scope
 
-    def name(self) -> str: ...
+    def watch_now(self) -> None: ...
 
 
 Room = dict[Waiting, Context]
@@ -53,7 +57,9 @@ class _Rounds:
             try:
                 context.run(waiting.watch_now)
             except Exception as exc:  # the others are watched all the same
-                self._loop.call_exception_handler({"message": f"{waiting.name()}: not watched", "exception": exc})
+                self._loop.call_exception_handler(
+                    {"message": f"{name_of(waiting.scope)}: not watched", "exception": exc}
+                )
 
 
 _rounds: dict[asyncio.AbstractEventLoop, _Rounds] = {}

@@ -28,16 +28,26 @@ try:
     from anyio._backends import _asyncio as _anyio
 
     _states: Any = cast(Any, _anyio)._task_states.data  # of a WeakKeyDictionary, whose `get` would be a call more
-except (ImportError, AttributeError):  # a later AnyIO: `has_scope` then sends everything the AnyIO way
+except (ImportError, AttributeError):  # a later AnyIO: everything then goes the AnyIO way
     _states = None
 
 
-def has_scope(task: asyncio.Task[Any]) -> bool:
-    """Whether ``task`` runs inside an AnyIO cancel scope, as far as can be told."""
+def free_task() -> asyncio.Task[Any] | None:
+    """The calling task if it is one of asyncio's and, as far as can be told, inside no AnyIO cancel scope."""
     if _states is None:
-        return True
-    state = _states.get(ref(task)) if _states else None  # often there are none
-    return state is not None and state.cancel_scope is not None
+        return None
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # another backend than asyncio
+        return None
+    if (
+        _states
+        and task is not None
+        and (state := _states.get(ref(task))) is not None
+        and state.cancel_scope is not None
+    ):
+        return None
+    return task
 
 
 def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
@@ -55,6 +65,13 @@ def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
 _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _Task: Any = partial(asyncio.Task, **_EAGERLY)
 
+Watcher = asyncio.Task[None] | Stepper
+
+
+def start(watching: Coroutine[Any, Any, None], receive: Receive, loop: asyncio.AbstractEventLoop) -> Watcher:
+    """Have the client watched, by this ``receive``."""
+    return Stepper(watching) if only_waits(receive) else _Task(watching, loop=loop)
+
 
 class NativeLadder(Ladder):
     """Delivers by ``Task.cancel``, and takes its requests back by ``Task.uncancel``."""
@@ -68,8 +85,22 @@ class NativeLadder(Ladder):
         self._cancelling = task.cancelling()
         self._requests = 0
         self._room: Room | None = None
-        self._watcher: asyncio.Task[None] | Stepper | None = None
+        self._watcher: Watcher | None = None
         self._helpers: tuple[asyncio.Task[Any], ...] = ()
+
+    def take_over(self, cancelling: int, waits: int, waiting_for: Any, watcher: Watcher | None) -> None:
+        """The work has been going on without a ladder.
+
+        :param cancelling: how many cancellations of its task there were when it began
+        :param waits: how often it has waited
+        :param waiting_for: what it waits for, if it does
+        :param watcher: what watches it, if something does
+        """
+        self._cancelling = cancelling
+        self.waits = waits
+        self._waiting_for = waiting_for
+        self._watcher = watcher
+        self._watched = watcher is not None
 
     def _swallows(self, exc: BaseException) -> bool:
         return isinstance(exc, asyncio.CancelledError) and self._requests > 0 and not self._take_back()
@@ -77,8 +108,8 @@ class NativeLadder(Ladder):
     def others_cancel(self) -> bool:
         return self._task.cancelling() > self._cancelling + self._requests
 
-    def _end(self) -> None:
-        super()._end()
+    def end(self) -> None:
+        super().end()
         if self._room is not None:
             self._room.pop(self, None)
             self._room = None
@@ -167,8 +198,7 @@ class NativeLadder(Ladder):
         self._start_watching()
 
     def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]], receive: Receive) -> None:
-        watching = function()
-        self._watcher = Stepper(watching) if only_waits(receive) else _Task(watching, loop=self._task.get_loop())
+        self._watcher = start(function(), receive, self._task.get_loop())
 
     def pause_watcher(self) -> None:
         if isinstance(self._watcher, Stepper) and self.in_host():

@@ -32,7 +32,7 @@ class ScopedLadder(NativeLadder):
         self._inner = anyio.CancelScope()
 
     def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
-        return self._drive(_within(self._outer, self._inner, work))
+        return super().run(_within(self._outer, self._inner, work))
 
     def _take_back(self) -> bool:  # AnyIO does it
         return self._task.cancelling() > self._cancelling
@@ -87,7 +87,7 @@ class GroupLadder(Ladder):
         try:
             async with anyio.create_task_group() as self._group:
                 try:
-                    await self._drive(_within(self._outer, self._inner, work))
+                    await super().run(_within(self._outer, self._inner, work))
                 except BaseException as exc:  # so that the group does not wrap it
                     error = exc
                 # What has been reached is not to be lost to a cancellation that comes while the helpers end.

@@ -43,10 +43,11 @@ Races, and why each is harmless:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from functools import partial
 from operator import itemgetter
 from time import monotonic
+from typing import Any
 
 import anyio
 from starlette.responses import Response
@@ -56,6 +57,7 @@ from ._parting import LOOKS, PARTING
 from ._pieces import Pieces
 from .exceptions import ClientGone
 from .ladder import Ladder
+from .policy import CancelPolicy, Cause
 
 SECOND_LOOK = 0.05  # seconds from when a client would have stalled until we believe it
 
@@ -65,7 +67,8 @@ class Channel:
 
     :param receive: the server's, or that of the middleware around
     :param send: likewise
-    :param ladder: is told that the client has left, and that the response is complete
+    :param policy: how the request ends early
+    :ivar made: its ladder, as soon as there is one
     :ivar closing: the last message was handed on, though it may not have got through
     :ivar interrupted: completed or not, the response did not come to its own end
     :ivar response: what goes out, once the route's handler has returned it
@@ -77,11 +80,14 @@ class Channel:
     _stall_watched = False
     _closing: anyio.CancelScope | None = None
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, ladder: Ladder, response: Response | None) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, policy: CancelPolicy, response: Response | None
+    ) -> None:
         self.scope = scope
+        self.policy = policy
         self._server_receive = receive
         self._server_send = send
-        self.ladder = ladder
+        self.made: Ladder | None = None
         self.response = response
         # No defaults in the class for these: CPython does not specialize a store that hides one.
         self.closing = self.completed = self.gone = False
@@ -92,7 +98,26 @@ class Channel:
         self._news: anyio.Event | None = None
         self._start: Message | None = None
         self._pieces: Pieces | None = None
+
+    @property
+    def ladder(self) -> Ladder:
+        """Is told that the client has left, and that the response is complete."""
+        assert self.made is not None
+        return self.made
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why the work ends early, if it does."""
+        return self.made.cause if self.made is not None else None
+
+    def take(self, ladder: Ladder) -> None:
+        """Have this ladder, from now on."""
+        self.made = ladder
         ladder.watch = self.watch
+
+    def drive(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        """Run the work. Our own cancellation ends here; everything else passes."""
+        return self.ladder.run(work)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -102,12 +127,13 @@ class Channel:
         while True:
             if self._ahead is not None:
                 message, self._ahead = self._ahead, None
-                self.ladder.watch_again()
+                self._watch_again()
                 return message
             if self._error is not None:
                 raise self._error
             if self._ended:
-                self.ladder.settle()
+                if self.made is not None:
+                    self.made.settle()
                 return {"type": "http.disconnect"}
             if self._body_complete and not self._reading:
                 self.watch()  # started eagerly, it may have its news already
@@ -117,7 +143,7 @@ class Channel:
                 try:
                     message = await self._read()
                 finally:
-                    self.ladder.watch_again()
+                    self._watch_again()
                 if message["type"] != "http.disconnect":
                     return message
 
@@ -133,8 +159,17 @@ class Channel:
         if not self._asked and not self._flowing and _expects_continue(self.scope["headers"]):
             return False
         self._reading = True
-        self.ladder.start_watcher(self._watch, self._server_receive)
+        self._start_watcher()
         return True
+
+    def _start_watcher(self) -> None:
+        self.ladder.start_watcher(self._watch, self._server_receive)
+
+    def _pause_watcher(self) -> None:
+        self.ladder.pause_watcher()
+
+    def _watch_again(self) -> None:
+        self.ladder.watch_again()
 
     async def _watch(self) -> None:
         try:
@@ -246,14 +281,14 @@ class Channel:
         if last:
             self._finishing = self.closing = True
             if self._reading:
-                self.ladder.pause_watcher()  # uvicorn would wake it, to say that the response is complete
+                self._pause_watcher()  # uvicorn would wake it, to say that the response is complete
         try:
             if self.completed:
                 await self._send_until_left(message)
-            elif self.ladder.policy.send_timeout is None:
+            elif (patience := (self.policy if self.made is None else self.made.policy).send_timeout) is None:
                 await self._server_send(message)
             else:
-                await self._send_within(self.ladder.policy.send_timeout, message)
+                await self._send_within(patience, message)
         except OSError as exc:
             self._finishing = False
             self._end()
@@ -264,9 +299,10 @@ class Channel:
             raise
         if last:
             self.completed = True
-            self.ladder.complete()
-            if not message.get("more_body", False):
-                self.ladder.watch = None  # nobody will send again
+            if self.made is not None:
+                self.made.complete()
+                if not message.get("more_body", False):
+                    self.made.watch = None  # nobody will send again
         elif not self._flowing and kind == "http.response.body":
             self._flowing = True
             self.ladder.hurry()  # the rest of a stream is not over in a moment

@@ -4,7 +4,8 @@ Theory of operation
 ===================
 
 The *work* is one coroutine: the route, its dependencies and its response. It runs in the
-server's own task (the *host*), stepped by ``_drive``, which sees every future the work waits for.
+server's own task (the *host*), stepped by ``drive``, which sees every future the work waits for. On asyncio
+most requests never have a ladder: :mod:`._light` steps them, and hands over.
 
 ====== ================================================== =================================
 state  meaning                                            who moves it on
@@ -80,6 +81,14 @@ _LISTENING = threading.Lock()
 
 ending: WeakKeyDictionary[Ladder, int] = WeakKeyDictionary()
 """The ladders whose work ends early and has not ended yet, each with the thread of its event loop."""
+
+
+def name_of(scope: Scope) -> str:
+    """Method, path and function of a request: "GET /export (export)"."""
+    name = f"{scope.get('method', scope['type'])} {scope.get('root_path', '')}{scope['path']}"
+    if (function := getattr(scope.get("endpoint"), "__qualname__", None)) is not None:
+        name += f" ({function})"
+    return name
 
 
 class Timer(Protocol):
@@ -219,19 +228,28 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
 
     def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
         """Run the work. Our own cancellation ends here; everything else passes."""
-        return self._drive(work)
+        self._start_limit()
+        return self.drive(work, work.__await__())
 
     @coroutine
-    def _drive(self, work: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-        """Step the work by hand, to see its waits. One that never waits costs next to nothing."""
-        if self.policy.timeout is not None:
-            self._start_limit()
-        steps: Iterator[Any] = work.__await__()
+    def drive(
+        self, work: Coroutine[Any, Any, None], steps: Iterator[Any], thrown: BaseException | None = None
+    ) -> Generator[Any, Any, None]:
+        """Step the work by hand, to see its waits. One that never waits costs next to nothing.
+
+        :param steps: what is left of them
+        :param thrown: what its present wait has raised
+        """
         waits: Any = steps
         step: Any = None
         value: Any = None
         waiting_for: Any = None
+        self._waiting_for = RUNNING
         try:
+            if thrown is not None:
+                self._thrown(thrown)
+                waits = chain(iter((work.throw(thrown),)), steps)
+                thrown = None
             while True:
                 for waiting_for in waits:  # half the price of `work.send(None)`
                     self._waiting_for = waiting_for
@@ -255,18 +273,19 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
                         break
                 else:
                     return
-                waits = chain((step(value),), steps)
+                waits = chain(iter((step(value),)), steps)  # an iterator lets go of what it has given
         except StopIteration:
             pass  # the work has returned
         except BaseException as exc:
             if not self._swallows(exc):
                 raise
         finally:
-            waits = waiting_for = step = value = None  # an exception would hold this frame, which holds it
-            self._end()
+            waits = waiting_for = step = value = thrown = None  # an exception would hold this frame, which holds it
+            del steps
+            self.end()
 
-    def _end(self) -> None:
-        """The work has ended. Leaves no timer, and no reference cycle: the request is freed at once."""
+    def end(self) -> None:
+        """The work has ended, if not before. Leaves no timer, and no reference cycle: the request is freed at once."""
         self.state = DONE
         self.watch = self.parting = None
         self._listeners = ()
@@ -338,12 +357,8 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
             self._force()
 
     def name(self) -> str:
-        """Method, path and function of the request: "GET /export (export)"."""
-        scope = self.scope
-        name = f"{scope.get('method', scope['type'])} {scope.get('root_path', '')}{scope['path']}"
-        if (function := getattr(scope.get("endpoint"), "__qualname__", None)) is not None:
-            name += f" ({function})"
-        return name
+        """Of the request: see :func:`name_of`."""
+        return name_of(self.scope)
 
     # -- time --------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ._native import NativeLadder, has_scope
+from ._light import LightChannel
+from ._native import NativeLadder, free_task
 from ._parting import parting
 from ._scoped import GroupLadder, ScopedLadder
 from .channel import Channel
@@ -58,15 +59,18 @@ async def protect(
         if around.scope is not scope:  # a request within the request
             around.ladder.adopt(before)
         return
-    ladder = ladder_for(policy, scope)
-    channel = Channel(scope, receive, send, ladder, response)
+    if (host := free_task()) is not None and policy.timeout is None:
+        channel: Channel = LightChannel(scope, receive, send, policy, response, host)
+    else:
+        channel = Channel(scope, receive, send, policy, response)
+        channel.take(ladder_for(policy, scope))
     asgi = scope.get("asgi")  # Starlette's TestClient gives none
     scope["asgi"] = (asgi or {}) | SPEC
     scope[KEY] = channel
     try:
-        await ladder.run(app(scope, channel.receive, channel.send))
+        await channel.drive(app(scope, channel.receive, channel.send))
     except (Exception, BaseExceptionGroup) as exc:
-        if (ladder.cause is None and not channel.gone) or not is_quiet(exc):
+        if (channel.cause is None and not channel.gone) or not is_quiet(exc):
             raise
     finally:
         channel.close()
@@ -75,6 +79,8 @@ async def protect(
             del scope["asgi"]
         else:
             scope["asgi"] = asgi
+    if (ladder := channel.made) is None:
+        return
     cause: Cause | None = ladder.cause or ("disconnect" if channel.gone else None)
     if cause is not None and (channel.interrupted or not channel.completed):
         ending[ladder] = threading.get_ident()
@@ -86,13 +92,13 @@ async def protect(
 
 def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
     """The ladder that fits the calling task."""
+    if (task := free_task()) is not None:
+        return NativeLadder(policy, scope, task)
     try:
         task = asyncio.current_task()
     except RuntimeError:  # another backend than asyncio
         task = None
-    if task is None:
-        return GroupLadder(policy, scope)
-    return ScopedLadder(policy, scope, task) if has_scope(task) else NativeLadder(policy, scope, task)
+    return ScopedLadder(policy, scope, task) if task is not None else GroupLadder(policy, scope)
 
 
 async def _conclude(channel: Channel, cause: Cause, receive: Receive, send: Send) -> None:

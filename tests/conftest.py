@@ -7,9 +7,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastapi_cancel import protect
+from fastapi_cancel.channel import Channel
 from fastapi_cancel.testing.live import LiveServer
 
 pytest.register_assert_rewrite("tests.matrix_cell", "tests.matrix_rows")
@@ -86,3 +89,16 @@ def uvicorn(running: Start) -> LiveServer:
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     backend: str = request.param
     return backend
+
+
+@pytest.fixture(params=["no ladder yet", "a ladder from the beginning"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On asyncio a request gets its ladder when somebody needs it; to its watcher that makes no difference."""
+
+    def laddered(*args: Any) -> Channel:
+        channel = Channel(*args[:-1])
+        channel.take(protect.ladder_for(channel.policy, channel.scope))
+        return channel
+
+    if request.param != "no ladder yet":
+        monkeypatch.setattr(protect, "LightChannel", laddered)

@@ -1,4 +1,4 @@
-"""Signal, grace, cancel once, cleanup, force. In process, with each of the three ladders."""
+"""Signal, grace, cancel once, cleanup, force. In process, with each of the three ladders, and with one made late."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import gc
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
 from anyio.to_thread import run_sync
 
 from fastapi_cancel import CancelPolicy, Cause, _native
+from fastapi_cancel._light import LightChannel
 from fastapi_cancel._native import NativeLadder
 from fastapi_cancel._scoped import GroupLadder, ScopedLadder
 from fastapi_cancel.ladder import DONE, Ladder
 from fastapi_cancel.protect import ladder_for
 
 pytestmark = pytest.mark.anyio
-native = pytest.mark.parametrize("anyio_backend", ["asyncio-native"], indirect=True)
+native = pytest.mark.parametrize("anyio_backend", ["asyncio-native", "asyncio-late"], indirect=True)
 scoped = pytest.mark.parametrize("anyio_backend", ["asyncio-scoped"], indirect=True)
-edges = pytest.mark.parametrize("anyio_backend", ["asyncio-native", "asyncio-scoped"], indirect=True)
+edges = pytest.mark.parametrize("anyio_backend", ["asyncio-native", "asyncio-late", "asyncio-scoped"], indirect=True)
 SCOPE = {"type": "http", "method": "GET", "path": "/export", "root_path": "/api"}
 Work = Callable[[], Coroutine[Any, Any, None]]
 Kind = Callable[..., Awaitable[Ladder]]
@@ -33,15 +34,44 @@ async def in_task(function: Callable[[], Awaitable[None]]) -> None:
     await asyncio.create_task(function())  # type: ignore[arg-type]
 
 
+class Unwatched(LightChannel):
+    def watch(self) -> bool:
+        return True
+
+
+class Late:
+    """The ladder of a request that gets it when something is first asked of it: when a method is called, say."""
+
+    def __init__(self, channel: Unwatched) -> None:
+        self.__dict__["channel"] = channel
+
+    def run(self, work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+        return cast(Awaitable[None], self.__dict__["channel"].drive(work))
+
+    def __getattr__(self, name: str) -> Any:
+        if callable(getattr(NativeLadder, name, None)):
+            return lambda *args, **kwargs: getattr(self.__dict__["channel"].ladder, name)(*args, **kwargs)
+        return getattr(self.__dict__["channel"].ladder, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["channel"].ladder, name, value)
+
+
+async def unused(*args: Any) -> Any:
+    raise AssertionError
+
+
 def make(kind: str, **policy: Any) -> Ladder:
     if kind == "group":
         return GroupLadder(CancelPolicy(**policy), SCOPE)
     task = asyncio.current_task()
     assert task is not None
-    return (NativeLadder if kind == "native" else ScopedLadder)(CancelPolicy(**policy), SCOPE, task)
+    if kind == "late" and "timeout" not in policy:  # else it has one from the beginning
+        return cast(Ladder, Late(Unwatched(SCOPE, unused, unused, CancelPolicy(**policy), None, task)))
+    return (ScopedLadder if kind == "scoped" else NativeLadder)(CancelPolicy(**policy), SCOPE, task)
 
 
-@pytest.fixture(params=["asyncio-native", "asyncio-scoped", "asyncio-group", "trio-group"])
+@pytest.fixture(params=["asyncio-native", "asyncio-late", "asyncio-scoped", "asyncio-group", "trio-group"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param).split("-")[0]
 
@@ -80,7 +110,7 @@ async def run(kind: str, work: Work, started: anyio.Event, cause: Any = "disconn
             await signalling
 
     with anyio.fail_after(5):
-        if kind == "native":
+        if kind in ("native", "late"):
             await in_task(host)
         elif kind == "scoped":
             with anyio.CancelScope():
@@ -384,7 +414,7 @@ async def test_complete_wins_over_a_cancellation_that_is_due(kind: str) -> None:
         await started.wait()
         ladders[0].signal("timeout")
 
-    await (in_task(host) if kind == "native" else host())
+    await (in_task(host) if kind in ("native", "late") else host())
     assert seen == ["background"]
 
 
@@ -634,7 +664,7 @@ async def test_a_native_cancellation_after_the_work_took_ours_back_is_not_swallo
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            if kind == "native":
+            if kind != "scoped":
                 task.uncancel()
             seen.append("swallowed")
         swallowed.set()

@@ -1,10 +1,9 @@
-"""Watchers that start a little later. In process, on asyncio; the last on a server."""
+"""Watchers that start a little later. In process, on asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import time
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -15,12 +14,10 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancelPolicy, _later
-from fastapi_cancel._native import NativeLadder
+from fastapi_cancel.channel import Channel
 from fastapi_cancel.protect import KEY, protect
 
-from .conftest import Start, assert_nothing_left
-
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_way")]
 
 BODY = {"type": "http.request", "body": b""}
 LEFT = {"type": "http.disconnect"}
@@ -203,13 +200,15 @@ async def test_who_may_not_read_yet_tries_again_at_each_wait() -> None:
     client = Client()
     seen: list[int] = []
 
-    async def come(ladder: NativeLadder) -> None:
-        while not ladder._hurries:
+    async def come() -> None:
+        while not _later._rounds:
+            await asyncio.sleep(0.001)
+        while _later._rounds:
             await asyncio.sleep(0.001)
         client._messages.put_nowait(BODY)
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        coming = asyncio.create_task(come(scope[KEY].ladder))
+        coming = asyncio.create_task(come())
         await receive()
         await coming
         await asyncio.sleep(0.001)
@@ -245,18 +244,18 @@ async def test_it_starts_in_the_context_of_its_request() -> None:
 
 
 async def test_one_that_does_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch_now = NativeLadder.watch_now
-    called: list[NativeLadder] = []
+    watch = Channel.watch
+    called: list[Channel] = []
     watched = asyncio.Event()
 
-    def fail_once(self: NativeLadder) -> None:
+    def fail_once(self: Channel) -> bool:
         called.append(self)
         if len(called) == 1:
             raise ZeroDivisionError
-        watch_now(self)
         watched.set()
+        return watch(self)
 
-    monkeypatch.setattr(NativeLadder, "watch_now", fail_once)
+    monkeypatch.setattr(Channel, "watch", fail_once)
     logged: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
 
@@ -397,20 +396,3 @@ async def test_one_that_runs_in_another_thread_is_not() -> None:
         assert asyncio.get_running_loop() in _later._rounds
 
     await client.ask(work)
-
-
-@pytest.mark.parametrize("middleware", [0, 5])
-@pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "daphne", "granian", "granian-rsgi", "gunicorn"])
-def test_a_client_that_leaves_at_once_is_noticed(running: Start, server: str, middleware: int) -> None:
-    """Before its handler begins to wait, while it is not watched yet, or just when it is."""
-    live = running(server, middleware)
-    for milliseconds in range(8):
-        client = live.open("/handler")
-        time.sleep(milliseconds / 1000)
-        client.abort()
-    client = live.open("/handler")
-    started = live.wait_for("/stats", started=lambda started: started > 0)["started"]
-    client.abort()
-    state = live.wait_for("/stats", running=0, started=lambda now: now >= started)
-    assert state["cleaned"] == state["started"]
-    assert_nothing_left(live)

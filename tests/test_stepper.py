@@ -1,9 +1,8 @@
-"""A watcher without a task. In process, but for the last."""
+"""A watcher without a task. In process."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -16,9 +15,7 @@ from fastapi_cancel._later import AT_ONCE
 from fastapi_cancel._stepper import only_waits
 from fastapi_cancel.protect import KEY, protect
 
-from .conftest import Start, assert_nothing_left
-
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_way")]
 
 LEFT = {"type": "http.disconnect"}
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -306,27 +303,3 @@ async def test_what_is_wrapped_gets_a_task() -> None:
     assert only_waits(messages.get)
     assert not only_waits(Tracer(messages.get))
     assert not only_waits(lambda: through(messages))
-
-
-@pytest.mark.parametrize(
-    ("server", "middleware", "alone"),
-    [
-        ("uvicorn", 0, True),
-        ("uvicorn-h11", 0, True),
-        ("uvicorn-uvloop", 0, True),
-        ("hypercorn", 0, True),
-        ("daphne", 0, True),
-        ("granian-rsgi", 0, True),
-        ("granian", 0, False),
-        ("uvicorn", 5, False),
-    ],
-)
-def test_who_needs_no_task_on_a_server(running: Start, server: str, middleware: int, alone: bool) -> None:
-    live = running(server, middleware)
-    client = live.open("/handler")
-    live.wait_for("/stats", started=1)
-    time.sleep(0.05)  # the watcher starts some milliseconds later
-    live.wait_for("/stats", tasks=lambda tasks: any(task.endswith("Channel._watch") for task in tasks) is not alone)
-    client.abort()
-    live.wait_for("/stats", cleaned=1)
-    assert_nothing_left(live)

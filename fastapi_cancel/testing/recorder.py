@@ -118,7 +118,7 @@ class _Recorded:
                 "ended": time.monotonic(),
                 "left": self._left,
                 "status": self._status,
-                "cause": self._channel.ladder.cause if self._channel is not None else None,
+                "cause": self._channel.cause if self._channel is not None else None,
                 "error": f"{error!r}, from\n{told(stack_of(error))}" if error is not None else None,
             }
             del error

@@ -31,7 +31,7 @@ PLUMBING = sys.stdlib_module_names | {
 
 DEPTH = 40
 
-BY_HAND = ("_drive", "stepped")
+BY_HAND = ("drive", "stepped")
 """The functions of this library that step a coroutine, which they call ``work``."""
 
 

@@ -257,7 +257,7 @@ class Visit(Connection):
     @property
     def cause(self) -> Cause | None:
         """Why the library ended the work, if it did."""
-        return self._channel.ladder.cause if self._channel is not None else None
+        return self._channel.cause if self._channel is not None else None
 
     def leave(self) -> None:
         """The client goes away, if the visit is not over."""
