@@ -538,11 +538,13 @@ async def test_commands_fail_while_listening_works(redis_server: RedisServer, mo
         with pytest.raises(BrokerUnavailable, match="no answer"):
             async with broker.subscribe("news"):
                 pass
+        monkeypatch.setattr(broker, "_patience", DEADLINE)
         async with anyio.create_task_group() as group:
 
             async def listen() -> None:
                 async with broker.subscribe("news", "1-1") as events:
                     assert isinstance((await take(events, 1))[0], Gap)
+                    monkeypatch.setattr(broker, "_patience", 0.1)
                     monkeypatch.setattr(broker._link, "run", fail)
                     events._here = NOWHERE
                     with pytest.raises(BrokerUnavailable, match="no answer"):
