@@ -267,9 +267,10 @@ async def test_tls(certificate: str) -> None:
 
 
 @on_asyncio
-async def test_subscribers_wait_and_then_fail(own_redis: RedisServer) -> None:
-    async with open_at(own_redis, patience=0.3) as broker:
+async def test_subscribers_wait_and_then_fail(own_redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_at(own_redis) as broker:
         async with broker.subscribe("news") as events:
+            monkeypatch.setattr(broker, "_patience", 0.3)
             own_redis.kill()
             await publish_until_it_fails(broker)
             with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
@@ -278,6 +279,7 @@ async def test_subscribers_wait_and_then_fail(own_redis: RedisServer) -> None:
             with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1"):
                 async with broker.subscribe("news", after):
                     pass
+        monkeypatch.setattr(broker, "_patience", DEADLINE)
         own_redis.start()
         await until(lambda: broker.failure is None)
         async with broker.subscribe("news") as events:
