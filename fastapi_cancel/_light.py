@@ -82,7 +82,7 @@ class LightChannel(Channel):
         self._restless = False
         if self.completed:
             return
-        if self._room is not None or AT_ONCE in self.scope:  # it was watched, but for its last message
+        if self._room is not None or AT_ONCE in self.scope:  # a room: it was watched, but for its last message
             self.watch_now()
         else:
             self._room = wait_for_watcher(self, self._host.get_loop())

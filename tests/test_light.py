@@ -563,7 +563,7 @@ async def test_who_may_not_be_watched_yet_gets_one_that_asks_again() -> None:
     assert seen == [b"x", True, "disconnect"]
 
 
-async def test_nor_if_a_task_of_its_own_waits_for_the_client_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_waits_itself_for_the_client_to_leave_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is watched then, before it has waited for long enough for that."""
     monkeypatch.setattr(_later, "LATER", 0.001)
     client = Client(at_once=False)
