@@ -10,12 +10,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from . import drops, everywhere, fan_out, inprocess, remote, sse, streams, wire
+from . import drops, everywhere, fan_out, inprocess, instructions, remote, sse, streams, wire
 from .harness import Section
 
 SECTIONS: dict[str, Callable[[bool], Section]] = {
     "inprocess": inprocess.run,
     "wire": wire.run,
+    "instructions": instructions.run,
     "streams": streams.in_process,
     "served-streams": streams.served,
     "idle": streams.idle,

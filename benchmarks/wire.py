@@ -17,12 +17,14 @@ from .harness import BASE, Ratio, Section, at_least, ratio, shown, typical
 from .server import CORES, SERVER, Server
 
 CONNECTIONS = 16
+CROWD = 256
 TURN = 0.05  # seconds
 ROWS = [
-    ("never waits", "/never", VARIANTS),
-    ("waits for one turn of the loop, `sleep(0)`", "/turn", VARIANTS),
-    ("waits for a timer, `sleep(0.001)`", "/sleep", [*VARIANTS, BARE]),
-    ("waits for a timer, `sleep(0.02)`", "/sleep-long", [*VARIANTS, BARE]),
+    ("never waits", "/never", VARIANTS, CONNECTIONS),
+    ("waits for one turn of the loop, `sleep(0)`", "/turn", VARIANTS, CONNECTIONS),
+    ("waits for a timer, `sleep(0.001)`", "/sleep", [*VARIANTS, BARE], CONNECTIONS),
+    ("waits for a timer, `sleep(0.02)`", "/sleep-long", [*VARIANTS, BARE], CONNECTIONS),
+    (f"the same with {CROWD} connections", "/sleep-long", [*VARIANTS, BARE], CROWD),
 ]
 
 
@@ -38,9 +40,9 @@ def run(quick: bool) -> Section:
         section.notes.append(PEERS_MISSING)
     with ExitStack() as stack:
         all_servers = {variant: stack.enter_context(Server(variant)) for variant in [*VARIANTS, BARE]}
-        for what, path, variants in ROWS:
+        for what, path, variants, connections in ROWS:
             servers = {variant: all_servers[variant] for variant in variants}
-            rounds = [cpu_a_request(servers, path) for _ in range(4 if quick else 13)]
+            rounds = [cpu_a_request(servers, path, connections) for _ in range(4 if quick else 13)]
             costs = {name: [each[name] for each in rounds[1:]] for name in servers}  # the first one warms up
             for who, mine in costs.items():
                 if who == OURS:
@@ -55,14 +57,14 @@ def rate(costs: list[float], base: list[float]) -> Ratio:
     return ratio(base, costs)
 
 
-def cpu_a_request(servers: Mapping[str, Server], path: str) -> dict[str, float]:
+def cpu_a_request(servers: Mapping[str, Server], path: str, connections: int = CONNECTIONS) -> dict[str, float]:
     """CPU seconds of each server for one request.
 
     All are asked during the same seconds, by wrk on the other core, and take turns of ``TURN``: long enough for a
     server to have its core's caches to itself, short enough for the machine to be as fast for the one as for the other.
     """
     before = {name: server.cpu() for name, server in servers.items()}
-    at_work = {name: _wrk(server, path, seconds=len(servers)) for name, server in servers.items()}
+    at_work = {name: _wrk(server, path, connections, seconds=len(servers)) for name, server in servers.items()}
     while any(wrk.poll() is None for wrk in at_work.values()):
         for server in servers.values():
             for each in servers.values():
@@ -78,9 +80,9 @@ def cpu_a_request(servers: Mapping[str, Server], path: str) -> dict[str, float]:
     return costs
 
 
-def _wrk(server: Server, path: str, seconds: int) -> subprocess.Popen[str]:
+def _wrk(server: Server, path: str, connections: int, seconds: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}{path}"],
+        ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}{path}"],
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=partial(os.sched_setaffinity, 0, CORES[-1:]),

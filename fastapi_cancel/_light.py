@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ._later import AT_ONCE, Room, wait_for_watcher
-from ._native import NativeLadder, Watcher, start
+from ._native import NativeLadder, Watcher, start, stop
 from ._stepper import Stepper
 from .channel import Channel
 from .ladder import RUNNING, Ladder
@@ -91,12 +91,12 @@ class LightChannel(Channel):
         if self.made is not None:
             super()._start_watcher()
         else:
-            self._watcher = start(self._watch(), self._server_receive, self._host.get_loop())
+            self._watcher = start(self)
 
     def _pause_watcher(self) -> None:
         if self.made is not None:
             super()._pause_watcher()
-        elif isinstance(self._watcher, Stepper) and asyncio.current_task() is self._host:
+        elif isinstance(self._watcher, Stepper) and self._waiting_for is RUNNING:
             self._watcher.cancel()
             self._watcher = None
             self._restless = True
@@ -145,8 +145,8 @@ class LightChannel(Channel):
             self._over = True
             if self._room is not None:
                 self._room.pop(self, None)
-            if self._watcher is not None and not self._host.get_loop().is_closed():
-                self._watcher.cancel()
+            if self._watcher is not None:
+                stop(self._watcher)
                 self._watcher = None
             if self.made is not None:
                 self.made.end()

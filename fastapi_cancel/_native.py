@@ -16,10 +16,10 @@ from types import coroutine
 from typing import Any, cast
 from weakref import ref
 
-from starlette.types import Receive, Scope
+from starlette.types import Scope
 
 from ._later import AT_ONCE, Room, wait_for_watcher
-from ._stepper import Stepper, only_waits
+from ._stepper import Reader, Stepper, only_waits
 from .exceptions import RequestCancelled
 from .ladder import DUE, FORCE, RUNNING, Ladder
 from .policy import CancelPolicy
@@ -68,9 +68,18 @@ _Task: Any = partial(asyncio.Task, **_EAGERLY)
 Watcher = asyncio.Task[None] | Stepper
 
 
-def start(watching: Coroutine[Any, Any, None], receive: Receive, loop: asyncio.AbstractEventLoop) -> Watcher:
-    """Have the client watched, by this ``receive``."""
-    return Stepper(watching) if only_waits(receive) else _Task(watching, loop=loop)
+def start(reader: Reader) -> Watcher:
+    """Have the client watched for this reader."""
+    if only_waits(reader.server_receive):
+        return Stepper(reader)
+    task: asyncio.Task[None] = _Task(reader.watch_on(), loop=asyncio.get_running_loop())  # eager, it must be told
+    return task
+
+
+def stop(watcher: Watcher) -> None:
+    """Have it end. One that is a task does so in the next turn, if the loop will have one."""
+    if isinstance(watcher, Stepper) or not watcher.get_loop().is_closed():
+        watcher.cancel()
 
 
 class NativeLadder(Ladder):
@@ -115,14 +124,13 @@ class NativeLadder(Ladder):
             self._room = None
         if self._requests:
             self._take_back()
-        # Not awaited: that would cost every request a turn of the loop. What is a task ends in the next one.
-        if (self._watcher is not None or self._helpers) and not self._task.get_loop().is_closed():
-            if self._watcher is not None:
-                self._watcher.cancel()
-                self._watcher = None
-            for helper in self._helpers:
-                helper.cancel()
-            self._helpers = ()
+        # Not awaited: that would cost every request a turn of the loop.
+        if self._watcher is not None:
+            stop(self._watcher)
+            self._watcher = None
+        for helper in self._helpers:
+            stop(helper)
+        self._helpers = ()
 
     def _take_back(self) -> bool:
         """Whether somebody else's request to cancel remains."""
@@ -197,8 +205,8 @@ class NativeLadder(Ladder):
         self._room = None
         self._start_watching()
 
-    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]], receive: Receive) -> None:
-        self._watcher = start(function(), receive, self._task.get_loop())
+    def start_watcher(self, reader: Reader) -> None:
+        self._watcher = start(reader)
 
     def pause_watcher(self) -> None:
         if isinstance(self._watcher, Stepper) and self.in_host():

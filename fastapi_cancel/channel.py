@@ -7,7 +7,7 @@ Theory of operation
 
 - the *application* (``_read``), when it asks for a message while the body is not complete and nobody is reading.
   The usual request body, which came with its headers, costs nothing extra this way;
-- the *watcher* (``_watch``), beside the work. It is started when the work has waited for some milliseconds
+- the *watcher* (``takes``), beside the work. It is started when the work has waited for some milliseconds
   (:mod:`._later`); once a stream flows, by its next wait that is not itself such a read. It keeps at most one
   message (``_ahead``) for the application, and stops while that is a piece of an unfinished body: back-pressure
   stays with the server. The work's next wait starts it again, or the end of a read by another task of the
@@ -85,7 +85,7 @@ class Channel:
     ) -> None:
         self.scope = scope
         self.policy = policy
-        self._server_receive = receive
+        self.server_receive = receive
         self._server_send = send
         self.made: Ladder | None = None
         self.response = response
@@ -163,7 +163,7 @@ class Channel:
         return True
 
     def _start_watcher(self) -> None:
-        self.ladder.start_watcher(self._watch, self._server_receive)
+        self.ladder.start_watcher(self)
 
     def _pause_watcher(self) -> None:
         self.ladder.pause_watcher()
@@ -171,33 +171,45 @@ class Channel:
     def _watch_again(self) -> None:
         self.ladder.watch_again()
 
-    async def _watch(self) -> None:
+    async def watch_on(self) -> None:
+        """Watch, in a task. See :class:`._stepper.Reader` for the rest of the watcher's side."""
         try:
-            while not self._ended:
-                message = await self._server_receive()
-                self._heard(message)
-                # httpx's ASGITransport begins with an empty piece: reading it stops nobody.
-                if message["type"] != "http.disconnect" and (self._body_complete or message.get("body")):
-                    self._ahead = message
-                    if not self._body_complete:
-                        return self.ladder.unwatched()
+            while self.takes(await self.server_receive()):
+                pass
         except Exception as exc:
-            if _is_loss(exc):
-                self._heard({"type": "http.disconnect"})
-            else:
-                self._error = exc
+            self.fails(exc)
         except BaseExceptionGroup as group:  # a task group of the middleware, perhaps cancelled at once
             self._error, rest = group.split(Exception)
             if rest is not None and rest.split(anyio.get_cancelled_exc_class())[1] is not None:
                 raise
         finally:
-            self._reading = False
-            self._tell()
+            self.rests()
+
+    def takes(self, message: Message) -> bool:
+        self._heard(message)
+        if self._ended:
+            return False
+        if self._body_complete or message.get("body"):  # httpx's ASGITransport begins with an empty piece
+            self._ahead = message
+        if self._body_complete or self._ahead is None:
+            return True
+        self.ladder.unwatched()
+        return False
+
+    def fails(self, exc: Exception) -> None:
+        if _is_loss(exc):
+            self._heard({"type": "http.disconnect"})
+        else:
+            self._error = exc
+
+    def rests(self) -> None:
+        self._reading = False
+        self._tell()
 
     async def _read(self) -> Message:
         self._reading = True
         try:
-            message = await self._server_receive()
+            message = await self.server_receive()
         except Exception as exc:
             if not _is_loss(exc):
                 raise

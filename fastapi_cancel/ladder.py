@@ -62,8 +62,9 @@ from types import MappingProxyType, coroutine
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from starlette.types import Receive, Scope
+from starlette.types import Scope
 
+from ._stepper import Reader
 from .policy import HERE, CancelPolicy, Cause
 
 logger = logging.getLogger("fastapi_cancel")
@@ -405,9 +406,9 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run ``function`` beside the work; it ends with the work at the latest."""
 
-    def start_watcher(self, function: Callable[[], Coroutine[Any, Any, None]], receive: Receive) -> None:
-        """``spawn`` what watches the client by this ``receive``: one at a time, an upload has one after another."""
-        self.spawn(function)
+    def start_watcher(self, reader: Reader) -> None:
+        """Have the client watched for this reader: one at a time, an upload has one after another."""
+        self.spawn(reader.watch_on)
 
     def pause_watcher(self) -> None:
         """End the watcher if that can be done at once, and the work's next wait is sure to start another."""

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_cancel import CancelPolicy, ClientGone
 from fastapi_cancel._native import NativeLadder
+from fastapi_cancel._stepper import Reader
 from fastapi_cancel.protect import protect
 from fastapi_cancel.testing import LeavingClient, Visit, after_body, at_wait, before_body, when
 
@@ -432,9 +433,9 @@ async def test_a_watcher_that_has_its_news_at_once(monkeypatch: pytest.MonkeyPat
     """From Python 3.12 on it is started eagerly; here by hand, for those before."""
     seen: list[str] = []
 
-    def start_watcher(self: NativeLadder, function: Callable[[], Any], receive: Receive) -> None:
+    def start_watcher(self: NativeLadder, reader: Reader) -> None:
         with pytest.raises(StopIteration):
-            function().send(None)
+            reader.watch_on().send(None)
 
     monkeypatch.setattr(NativeLadder, "start_watcher", start_watcher)
 

@@ -607,6 +607,8 @@ def test_one_that_is_left_behind_by_its_event_loop(alone: bool) -> None:
     loop.close()
     asking.close()
     assert seen == ["closed"]
+    del asking, loop
+    gc.collect()  # nor is anything found later that would need the loop
 
 
 class Resource:

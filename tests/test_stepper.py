@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancelPolicy, Cause, channel
 from fastapi_cancel._later import AT_ONCE
-from fastapi_cancel._stepper import only_waits
+from fastapi_cancel._stepper import only_waits, plain
 from fastapi_cancel.protect import KEY, protect
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_way")]
@@ -261,6 +261,58 @@ async def test_a_wait_that_the_server_cancels_ends_the_watching_quietly() -> Non
     asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
     await serve(work, messages.get)
     assert (cause, logged) == ([None], [])
+
+
+class Failing:
+    """A server whose `receive` only waits, and fails after the body."""
+
+    def __init__(self, error: Exception, at_once: bool) -> None:
+        self._error = error
+        self._at_once = at_once
+        self._body: list[Message] = [{"type": "http.request", "body": b""}]
+
+    @plain
+    async def receive(self) -> Message:
+        if self._body:
+            return self._body.pop()
+        if not self._at_once:
+            failed = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(0.001, failed.set_exception, self._error)
+            await failed
+        raise self._error
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_an_error_of_the_system_says_that_the_client_is_gone(at_once: bool) -> None:
+    """C6."""
+    seen: list[Cause | None] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append(scope[KEY].cause)
+
+    await serve(work, Failing(ConnectionResetError(), at_once).receive)
+    assert seen == ["disconnect"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_any_other_error_is_for_whoever_reads(at_once: bool) -> None:
+    """C6. And whoever waits for the watcher's news is told."""
+    seen: list[str] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+        assert (await receive())["type"] == "http.request"
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                await receive()
+        seen.append("told")
+
+    await serve(work, Failing(ZeroDivisionError(), at_once).receive)
+    assert seen == ["told"]
 
 
 def of_uvicorn(function: Callable[..., Any]) -> Receive:

@@ -27,7 +27,7 @@ def test_who_needs_no_task_on_a_server(running: Start, server: str, middleware: 
     client = live.open("/handler")
     live.wait_for("/stats", started=1)
     time.sleep(0.05)  # the watcher starts some milliseconds later
-    live.wait_for("/stats", tasks=lambda tasks: any(task.endswith("Channel._watch") for task in tasks) is not alone)
+    live.wait_for("/stats", tasks=lambda tasks: any(task.endswith("Channel.watch_on") for task in tasks) is not alone)
     client.abort()
     live.wait_for("/stats", cleaned=1)
     assert_nothing_left(live)
