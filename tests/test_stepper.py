@@ -206,8 +206,10 @@ async def test_a_client_that_leaves_while_the_last_message_goes_out(monkeypatch:
 
 async def test_a_message_that_comes_as_the_work_ends_stays_with_the_server() -> None:
     messages: asyncio.Queue[Message] = asyncio.Queue()
+    kept: list[Receive] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        kept.append(receive)
         await asyncio.sleep(0.001)
         messages.put_nowait(LEFT)  # wakes the watcher, in the next turn
 
@@ -215,6 +217,7 @@ async def test_a_message_that_comes_as_the_work_ends_stays_with_the_server() -> 
     for _ in range(3):
         await asyncio.sleep(0)
     assert messages.get_nowait() == LEFT
+    assert await kept[0]() == LEFT  # and nothing else has gone wrong
 
 
 async def test_pieces_of_a_body_are_read_ahead_one_at_a_time() -> None:
@@ -231,6 +234,26 @@ async def test_pieces_of_a_body_are_read_ahead_one_at_a_time() -> None:
 
     await serve(work, messages.get)
     assert seen == [(b"0", 2), (b"1", 1), (b"2", 0)]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+async def test_an_empty_piece_does_not_stop_it(plain: bool) -> None:
+    """The work waits for good: it would not ask for another watcher."""
+    messages: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[Cause | None] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.001, messages.put_nowait, {"type": "http.request", "body": b"", "more_body": True})
+        loop.call_later(0.002, messages.put_nowait, LEFT)
+        try:
+            await asyncio.sleep(10)
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append(scope[KEY].cause)
+
+    await serve(work, messages.get if plain else lambda: through(messages))
+    assert seen == ["disconnect"]
 
 
 async def test_whoever_waits_for_the_watcher_is_told_by_the_end_of_the_work() -> None:
