@@ -36,7 +36,7 @@ START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: noisier, about two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: noisier, but soon over")
     parser.add_argument("--only", choices=SECTIONS, action="append", help="this section only; may be repeated")
     parser.add_argument("--write", action="store_true", help=f"also into {PAGE.name}, between its two markers")
     arguments = parser.parse_args()

@@ -57,7 +57,7 @@ def rate(costs: list[float], base: list[float]) -> Ratio:
     return ratio(base, costs)
 
 
-def cpu_a_request(servers: Mapping[str, Server], path: str, connections: int = CONNECTIONS) -> dict[str, float]:
+def cpu_a_request(servers: Mapping[str, Server], path: str, connections: int) -> dict[str, float]:
     """CPU seconds of each server for one request.
 
     All are asked during the same seconds, by wrk on the other core, and take turns of ``TURN``: long enough for a

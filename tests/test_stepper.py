@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from fastapi_cancel import CancelPolicy, Cause, channel
+from fastapi_cancel import CancelPolicy, Cause, _stepper, channel
 from fastapi_cancel._later import AT_ONCE
-from fastapi_cancel._stepper import only_waits, plain
+from fastapi_cancel._stepper import only_waits
 from fastapi_cancel.protect import KEY, protect
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_way")]
@@ -294,7 +294,7 @@ class Failing:
         self._at_once = at_once
         self._body: list[Message] = [{"type": "http.request", "body": b""}]
 
-    @plain
+    @_stepper.plain
     async def receive(self) -> Message:
         if self._body:
             return self._body.pop()
