@@ -266,8 +266,9 @@ async def fixed_payments(shop: OurShop) -> str:
 
 
 async def shelf(number: int) -> int:
-    await asyncio.sleep(0.002)
-    await asyncio.sleep(0.002)
+    """Is not over yet when it is looked for, on a slow machine either."""
+    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)
     return number
 
 
