@@ -85,16 +85,21 @@ def build(variant: str, layers: int = 0) -> FastAPI:
     app = FastAPI()
     router = APIRouter(route_class=CLASSES.get(variant, APIRoute))
     guard: Callable[[Any], Any] = peer.cancel_on_disconnect if variant == DECORATOR else lambda handler: handler
+    answered = 0
 
     @router.get("/never")
     @guard
     async def never() -> dict[str, str]:
+        nonlocal answered
+        answered += 1
         return {"hello": "world"}
 
     @router.get("/turn")
     @guard
     async def turn() -> dict[str, str]:
+        nonlocal answered
         await asyncio.sleep(0)
+        answered += 1
         return {"hello": "world"}
 
     @router.get("/wait")
@@ -109,13 +114,17 @@ def build(variant: str, layers: int = 0) -> FastAPI:
     @router.get("/sleep")
     @guard
     async def sleep() -> dict[str, str]:
+        nonlocal answered
         await asyncio.sleep(0.001)
+        answered += 1
         return {"hello": "world"}
 
     @router.get("/sleep-long")
     @guard
     async def sleep_long() -> dict[str, str]:
+        nonlocal answered
         await asyncio.sleep(0.02)
+        answered += 1
         return {"hello": "world"}
 
     @router.post("/body")
@@ -158,6 +167,11 @@ def build(variant: str, layers: int = 0) -> FastAPI:
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         return {"started": len(started), "finished": finished, "tasks": len(asyncio.all_tasks())}
+
+    @app.get("/cost")
+    async def cost() -> tuple[float, int]:
+        """CPU seconds so far, and the requests that they were for."""
+        return time.process_time(), answered
 
     @app.get("/reset")
     async def reset() -> None:
