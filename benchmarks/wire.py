@@ -16,7 +16,7 @@ from .harness import BASE, Ratio, Section, at_least, ratio, shown, typical
 from .server import CORES, SERVER, Server
 
 CONNECTIONS = 16
-CROWD = 256
+CROWD = 64
 TURN = 0.05  # seconds
 ROWS = [
     ("never waits", "/never", [*VARIANTS, LEAST], CONNECTIONS),
