@@ -3,8 +3,8 @@
 On asyncio and behind a server whose ``receive`` only waits: one reader that takes nothing from the application's body,
 watching from the first wait on, one cancellation, after which awaits work, silence, a 499 where nothing was sent, and
 background tasks (C1 to C5, C7, C12, C13). Nothing else: no other cause than a client that leaves, no policy, no grace,
-no deadline for a cleanup, no shields, no threads, no token, no streams, no uploads in pieces, no other server and no
-other backend. Not for use; the fastest of five sketches.
+no deadline for a cleanup, no shields, no threads, no token, no streams, no uploads in pieces, no
+``BaseHTTPMiddleware``, no other server and no other backend. Not for use; the fastest of five sketches.
 """
 
 from __future__ import annotations
