@@ -47,7 +47,7 @@ def run(quick: bool) -> Section:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             costs = dict(zip(cells, threads.map(_count, *zip(*cells, strict=True)), strict=True))
     except subprocess.CalledProcessError as failure:
-        section.notes.append(f"valgrind cannot run this Python ({failure}): these rows are left out.")
+        section.notes.append(f"callgrind ended with exit status {failure.returncode}: these rows are left out.")
         return section
     for what, path in rows:
         plain = costs[BASE, path]

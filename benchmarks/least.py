@@ -19,8 +19,9 @@ from fastapi.routing import APIRoute
 from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from fastapi_cancel.protect import SPEC
+
 KEY = "benchmarks.least"
-SPEC = {"spec_version": "2.4"}
 
 
 class Least:

@@ -266,7 +266,7 @@ async def fixed_payments(shop: OurShop) -> str:
 
 
 async def shelf(number: int) -> int:
-    """Is not over yet when it is looked for, on a slow machine either."""
+    """Is not over yet when it is looked for, not even on a slow machine."""
     await asyncio.sleep(0.1)
     await asyncio.sleep(0.1)
     return number
