@@ -22,9 +22,8 @@ from typing import Any, cast
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ._later import AT_ONCE, Room, wait_for_watcher
+from ._later import NOW, Pace, Room, leave, wait_for_watcher
 from ._native import NativeLadder, Watcher, start, stop
-from ._stepper import Stepper
 from .channel import Channel
 from .ladder import RUNNING, Ladder
 from .policy import CancelPolicy
@@ -34,7 +33,10 @@ class LightChannel(Channel):
     """Makes its ladder when it is asked for it, on the event loop.
 
     :param host: the task that runs the work, inside no AnyIO cancel scope
+    :param pace: that of its route
     """
+
+    __slots__ = ("_cancelling", "_host", "_over", "_restless", "_room", "_waiting_for", "_waits", "_watcher", "pace")
 
     def __init__(
         self,
@@ -44,9 +46,11 @@ class LightChannel(Channel):
         policy: CancelPolicy,
         response: Response | None,
         host: asyncio.Task[Any],
+        pace: Pace,
     ) -> None:
         super().__init__(scope, receive, send, policy, response)
         self._host = host
+        self.pace = pace
         self._cancelling = host.cancelling()
         self._waits = 0
         self._waiting_for: Any = RUNNING
@@ -60,7 +64,7 @@ class LightChannel(Channel):
         return self.made or self._make_ladder()
 
     def _make_ladder(self) -> Ladder:
-        ladder = NativeLadder(self.policy, self.scope, self._host)
+        ladder = NativeLadder(self.policy, self.scope, self._host, self.pace)
         ladder.take_over(self._cancelling, self._waits, self._waiting_for, self._watcher)
         self._watcher = None
         self.take(ladder)
@@ -75,17 +79,22 @@ class LightChannel(Channel):
         """It has waited for long enough."""
         if self.made is not None:
             cast(NativeLadder, self.made).watch_now()
-        elif self._watcher is None and not self.completed and not self.watch():
-            self.ladder.hurry()
+        elif not self.completed:
+            self._restless = not self.watch()
 
     def _watch_soon(self) -> None:
         self._restless = False
         if self.completed:
             return
-        if self._room is not None or AT_ONCE in self.scope:  # a room: it was watched, but for its last message
-            self.watch_now()
-        else:
+        if self._reading:  # the application itself, which will hear who leaves
+            self._restless = True
+            return
+        if self._room is None:
             self._room = wait_for_watcher(self, self._host.get_loop())
+            if self._room is not NOW:
+                return
+        # Now, or it was watched before, but for its last message.
+        self._restless = not self.watch()
 
     def _start_watcher(self) -> None:
         if self.made is not None:
@@ -96,8 +105,8 @@ class LightChannel(Channel):
     def _pause_watcher(self) -> None:
         if self.made is not None:
             super()._pause_watcher()
-        elif isinstance(self._watcher, Stepper) and self._waiting_for is RUNNING:
-            self._watcher.cancel()
+        elif self._watcher is self and self._waiting_for is RUNNING:
+            self.close_reader()
             self._watcher = None
             self._restless = True
 
@@ -143,8 +152,8 @@ class LightChannel(Channel):
         finally:
             steps = waiting_for = thrown = None  # an exception would hold this frame, which holds it
             self._over = True
-            if self._room is not None:
-                self._room.pop(self, None)
+            if self._room:
+                leave(self._room, self)
             if self._watcher is not None:
                 stop(self._watcher)
                 self._watcher = None

@@ -18,8 +18,8 @@ from weakref import ref
 
 from starlette.types import Scope
 
-from ._later import AT_ONCE, Room, wait_for_watcher
-from ._stepper import Reader, Stepper, only_waits
+from ._later import NOW, Pace, Room, leave, wait_for_watcher
+from ._stepper import Reader, only_waits
 from .exceptions import RequestCancelled
 from .ladder import DUE, FORCE, RUNNING, Ladder
 from .policy import CancelPolicy
@@ -65,20 +65,23 @@ def is_shielded(task: asyncio.Task[Any], within: Any = None) -> bool:
 _EAGERLY: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _Task: Any = partial(asyncio.Task, **_EAGERLY)
 
-Watcher = asyncio.Task[None] | Stepper
+Watcher = asyncio.Task[None] | Reader
 
 
 def start(reader: Reader) -> Watcher:
     """Have the client watched for this reader."""
     if only_waits(reader.server_receive):
-        return Stepper(reader)
+        reader.step()
+        return reader
     task: asyncio.Task[None] = _Task(reader.watch_on(), loop=asyncio.get_running_loop())  # eager, it must be told
     return task
 
 
 def stop(watcher: Watcher) -> None:
     """Have it end. One that is a task does so in the next turn, if the loop will have one."""
-    if isinstance(watcher, Stepper) or not watcher.get_loop().is_closed():
+    if isinstance(watcher, Reader):
+        watcher.close_reader()
+    elif not watcher.get_loop().is_closed():
         watcher.cancel()
 
 
@@ -88,11 +91,12 @@ class NativeLadder(Ladder):
     _arrived = False
     _within: Any = None
 
-    def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
+    def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any], pace: Pace | None = None) -> None:
         super().__init__(policy, scope)
         self._task = task
         self._cancelling = task.cancelling()
         self._requests = 0
+        self.pace = pace or Pace()
         self._room: Room | None = None
         self._watcher: Watcher | None = None
         self._helpers: tuple[asyncio.Task[Any], ...] = ()
@@ -119,9 +123,8 @@ class NativeLadder(Ladder):
 
     def end(self) -> None:
         super().end()
-        if self._room is not None:
-            self._room.pop(self, None)
-            self._room = None
+        if self._room:
+            leave(self._room, self)
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop.
@@ -195,10 +198,11 @@ class NativeLadder(Ladder):
         self._add_helper(_Task(function(), loop=self._task.get_loop()))
 
     def _watch_soon(self) -> None:
-        if self._hurries or AT_ONCE in self.scope:
-            self._start_watching()
-        elif self._room is None and self.watch is not None:
+        if not self._hurries and self._room is None and self.watch is not None:
             self._room = wait_for_watcher(self, self._task.get_loop())
+            self._hurries = self._room is NOW
+        if self._hurries:
+            self._start_watching()
 
     def watch_now(self) -> None:
         self._hurries = True
@@ -209,8 +213,8 @@ class NativeLadder(Ladder):
         self._watcher = start(reader)
 
     def pause_watcher(self) -> None:
-        if isinstance(self._watcher, Stepper) and self.in_host():
-            self._watcher.cancel()
+        if isinstance(self._watcher, Reader) and self.in_host():
+            self._watcher.close_reader()
             self._watcher = None
             self.unwatched()
 

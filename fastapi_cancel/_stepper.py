@@ -9,9 +9,10 @@ all, and closed where it waits: 3 µs less a request, and a task less that an id
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from abc import abstractmethod
+from collections.abc import Callable
 from types import MethodType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starlette.types import Message, Receive
 
@@ -51,66 +52,63 @@ def only_waits(receive: Receive) -> bool:
     return False
 
 
-class Reader(Protocol):
-    """Whom the messages are read for."""
+class Reader:
+    """Reads the server's ``receive`` beside the work, for the channel that it is: in a task, or step by step."""
+
+    __slots__ = ("_coming", "_future", "server_receive")
 
     server_receive: Receive
+    _coming: Any  # the next message, as the coroutine that will return it; None: nobody steps it
+    _future: Any  # for which it waits
 
+    @abstractmethod
     def takes(self, message: Message) -> bool:
         """A message has come. Whether to read on."""
-        ...
 
+    @abstractmethod
     def fails(self, exc: Exception) -> None:
         """``receive`` has raised."""
 
+    @abstractmethod
     def rests(self) -> None:
         """Nobody reads any more. The last call, unless the server's ``receive`` breaks off the whole program."""
 
-    def watch_on(self) -> Coroutine[Any, Any, None]:
-        """Read in a task instead."""
-        ...
+    @abstractmethod
+    async def watch_on(self) -> None:
+        """Read in a task."""
 
+    def step(self, future: object = None) -> None:
+        """Read what only waits for futures of asyncio's, message by message; the first step at once.
 
-class Stepper:
-    """Reads what only waits for futures of asyncio's, message by message; its first step at once."""
-
-    __slots__ = ("_future", "_reader", "_reading")
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._reading: Any = reader.server_receive()
-        self._future: Any = None
-        self._step()
-
-    def _step(self, _: object = None) -> None:
-        if self._reading is None:  # cancelled in the turn in which the future was done
+        :param future: the one that was waited for
+        """
+        if future is not self._future:  # closed in the turn in which it was done, and begun anew perhaps
             return
+        if future is None:
+            self._coming = self.server_receive()
         try:
             while True:
                 try:
-                    self._future = self._reading.send(None)
+                    self._future = self._coming.send(None)
                 except StopIteration as came:
-                    message = came.value
+                    if not self.takes(came.value):
+                        break
+                    self._coming = self.server_receive()
                 else:
                     self._future._asyncio_future_blocking = False  # as a task answers `await`
-                    self._future.add_done_callback(self._step)
+                    self._future.add_done_callback(self.step)
                     return
-                if not self._reader.takes(message):
-                    break
-                self._reading = self._reader.server_receive()
         except asyncio.CancelledError:
             pass
         except Exception as exc:
-            self._reader.fails(exc)
-        self._end()
+            self.fails(exc)
+        self._coming = self._future = None
+        self.rests()
 
-    def cancel(self) -> None:
-        """Close it where it waits. It has ended when this returns."""
-        if self._reading is not None:
-            self._future.remove_done_callback(self._step)
-            self._reading.close()
-            self._end()
-
-    def _end(self) -> None:
-        self._reading = self._future = None
-        self._reader.rests()
+    def close_reader(self) -> None:
+        """Close what is read step by step where it waits. It has ended when this returns."""
+        if self._coming is not None:
+            self._future.remove_done_callback(self.step)
+            self._coming.close()
+            self._coming = self._future = None
+            self.rests()

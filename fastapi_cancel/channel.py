@@ -7,8 +7,8 @@ Theory of operation
 
 - the *application* (``_read``), when it asks for a message while the body is not complete and nobody is reading.
   The usual request body, which came with its headers, costs nothing extra this way;
-- the *watcher* (``takes``), beside the work. It is started when the work has waited for some milliseconds
-  (:mod:`._later`); once a stream flows, by its next wait that is not itself such a read. It keeps at most one
+- the *watcher* (``takes``), beside the work. It is started at the work's first wait that is not itself such a read,
+  or some milliseconds later (:mod:`._later`); once a stream flows, at its next one. It keeps at most one
   message (``_ahead``) for the application, and stops while that is a piece of an unfinished body: back-pressure
   stays with the server. The work's next wait starts it again, or the end of a read by another task of the
   application. It may pause while the last message goes out: that is seldom a wait, and uvicorn would wake it
@@ -37,6 +37,8 @@ Races, and why each is harmless:
   ``send`` must return soon: Hypercorn's never does once an HTTP/2 stream has been reset that had no credit.
 - *the client leaves while the application waits for the watcher's message*: it is woken first and
   signalled second, so the disconnect that it is handed is its one interruption.
+- *the watcher is closed in the very turn that woke it, and begun anew in that turn*: a wake-up counts only if it is
+  that of the future which is waited for now (``Reader.step``).
 - *two tasks of the application read at once*: the second waits for the first one's news.
 - *the application's own read is cancelled*: nothing was taken; the next reader goes on.
 """
@@ -55,6 +57,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ._parting import LOOKS, PARTING
 from ._pieces import Pieces
+from ._stepper import Reader
 from .exceptions import ClientGone
 from .ladder import Ladder
 from .policy import CancelPolicy, Cause
@@ -62,7 +65,7 @@ from .policy import CancelPolicy, Cause
 SECOND_LOOK = 0.05  # seconds from when a client would have stalled until we believe it
 
 
-class Channel:
+class Channel(Reader):
     """One request's ``receive`` and ``send``, as an ASGI 2.4 server gives them.
 
     :param receive: the server's, or that of the middleware around
@@ -74,11 +77,13 @@ class Channel:
     :ivar response: what goes out, once the route's handler has returned it
     """
 
-    interrupted = False
-    _sending_since: float | None = None
-    _doubted: float | None = None
-    _stall_watched = False
-    _closing: anyio.CancelScope | None = None
+    # CPython keeps thirty attributes of an instance at hand, and is slow with all of them if there are more.
+    __slots__ = (
+        *("scope", "policy", "made", "response", "interrupted", "closing", "completed", "gone"),
+        *("_server_send", "_asked", "_body_complete", "_ended", "_reading", "_ahead", "_error", "_news"),
+        *("_finishing", "_flowing", "_start", "_pieces", "_closing"),
+        *("_sending_since", "_doubted", "_stall_watched", "__weakref__"),
+    )
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, policy: CancelPolicy, response: Response | None
@@ -89,15 +94,18 @@ class Channel:
         self._server_send = send
         self.made: Ladder | None = None
         self.response = response
-        # No defaults in the class for these: CPython does not specialize a store that hides one.
-        self.closing = self.completed = self.gone = False
+        self.interrupted = self.closing = self.completed = self.gone = False
         self._asked = self._body_complete = self._ended = self._reading = False
-        self._finishing = self._flowing = self._trailers = False
+        self._finishing = self._flowing = self._stall_watched = False
         self._ahead: Message | None = None
         self._error: Exception | None = None
         self._news: anyio.Event | None = None
         self._start: Message | None = None
         self._pieces: Pieces | None = None
+        self._closing: anyio.CancelScope | None = None
+        self._sending_since: float | None = None
+        self._doubted: float | None = None
+        self._coming = self._future = None
 
     @property
     def ladder(self) -> Ladder:
@@ -172,7 +180,6 @@ class Channel:
         self.ladder.watch_again()
 
     async def watch_on(self) -> None:
-        """Watch, in a task. See :class:`._stepper.Reader` for the rest of the watcher's side."""
         try:
             while self.takes(await self.server_receive()):
                 pass
@@ -189,10 +196,12 @@ class Channel:
         self._heard(message)
         if self._ended:
             return False
-        if self._body_complete or message.get("body"):  # httpx's ASGITransport begins with an empty piece
+        if self._body_complete:
             self._ahead = message
-        if self._body_complete or self._ahead is None:
             return True
+        if not message.get("body"):  # httpx's ASGITransport begins with an empty piece
+            return True
+        self._ahead = message
         self.ladder.unwatched()
         return False
 
@@ -215,8 +224,7 @@ class Channel:
                 raise
             message = {"type": "http.disconnect"}
         finally:
-            self._reading = False
-            self._tell()
+            self.rests()
         self._heard(message)
         return message
 
@@ -274,13 +282,13 @@ class Channel:
                     await self.ladder.turn()
                     if not self.gone:  # Hypercorn hears of it a turn later
                         await self.ladder.turn()
-                last = pieces.is_last(message.get("body", b"")) and not self._trailers
+                last = pieces.is_last(message.get("body", b""))
             else:
-                last = not self._trailers
+                last = True
+            if self._start is not None and self._start.get("trailers", False):
+                last = False
         elif kind == "http.response.start":
             self._start = message if not self.gone else None
-            if "trailers" in message:
-                self._trailers = message["trailers"]
         else:
             last = kind == "http.response.pathsend" or (
                 kind == "http.response.trailers" and not message.get("more_trailers", False)

@@ -96,8 +96,8 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """On asyncio a request gets its ladder when somebody needs it; to its watcher that makes no difference."""
 
     def laddered(*args: Any) -> Channel:
-        channel = Channel(*args[:-1])
-        channel.take(protect.ladder_for(channel.policy, channel.scope))
+        channel = Channel(*args[:-2])
+        channel.take(protect.ladder_for(channel.policy, channel.scope, args[-1]))
         return channel
 
     if request.param != "no ladder yet":

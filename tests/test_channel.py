@@ -166,6 +166,24 @@ async def test_nothing_is_read_ahead_of_the_handler_on_expect_continue() -> None
         pass
 
 
+async def test_a_response_without_a_beginning_is_the_server_s_to_refuse() -> None:
+    class Refused(Exception):
+        pass
+
+    async def refuse(message: Message) -> None:
+        raise Refused
+
+    async def unread() -> Message:
+        raise AssertionError
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.body", "body": b"x"})
+
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    with pytest.raises(Refused):
+        await protected(work)(scope, unread, refuse)
+
+
 async def test_another_expectation_is_none_of_ours() -> None:
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await turns(20)

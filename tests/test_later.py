@@ -10,10 +10,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
+from fastapi import Depends, FastAPI
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from fastapi_cancel import CancelPolicy, _later
+from fastapi_cancel import CancellableRoute, CancelPolicy, _later, cancel_policy
 from fastapi_cancel.channel import Channel
 from fastapi_cancel.protect import KEY, protect
 
@@ -28,6 +29,12 @@ PIECE = {"type": "http.response.body", "body": b"piece", "more_body": True}
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every request were one of a route whose requests are over soon."""
+    monkeypatch.setattr(_later, "SAMPLE", 0)
 
 
 @pytest.fixture
@@ -65,10 +72,12 @@ class Client:
     def leave(self) -> None:
         self._messages.put_nowait(LEFT)
 
-    async def ask(self, work: Any, send: Send = discard, receive: Receive | None = None) -> None:
+    async def ask(
+        self, work: Any, send: Send = discard, receive: Receive | None = None, pace: _later.Pace | None = None
+    ) -> None:
         scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
         async with asyncio.timeout(20):  # for a watcher that does not come
-            await protect(work, scope, receive or self.receive, send, CancelPolicy())
+            await protect(work, scope, receive or self.receive, send, CancelPolicy(), pace=pace)
 
 
 async def until_watched(client: Client) -> None:
@@ -209,6 +218,7 @@ async def test_who_may_not_read_yet_tries_again_at_each_wait() -> None:
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         coming = asyncio.create_task(come())
+        await asyncio.sleep(0.0001)
         await receive()
         await coming
         await asyncio.sleep(0.001)
@@ -396,3 +406,108 @@ async def test_one_that_runs_in_another_thread_is_not() -> None:
         assert asyncio.get_running_loop() in _later._rounds
 
     await client.ask(work)
+
+
+# -- a route's pace --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is soon known how long the requests of a route tend to wait."""
+    monkeypatch.setattr(_later, "SAMPLE", 3)
+    monkeypatch.setattr(_later, "SLOW", 2)
+
+
+async def quick_one(pace: _later.Pace, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many watch it in its first wait."""
+    monkeypatch.setattr(_later, "LATER", 3600)
+    client = Client(BODY)
+    readers: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+        readers.append(client.readers)
+
+    await client.ask(work, pace=pace)
+    _later._rounds.clear()
+    return readers[0]
+
+
+async def slow_one(pace: _later.Pace, monkeypatch: pytest.MonkeyPatch) -> int:
+    """It waits until it is watched. How many do so in its first wait."""
+    monkeypatch.setattr(_later, "LATER", 0.0001)
+    client = Client(BODY)
+    readers: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        asyncio.get_running_loop().call_soon(lambda: readers.append(client.readers))
+        await until_watched(client)
+
+    await client.ask(work, pace=pace)
+    while _later._rounds:
+        await asyncio.sleep(0.001)
+    return readers[0]
+
+
+@pytest.mark.usefixtures("few")
+async def test_requests_are_watched_from_their_first_wait_on_until_one_was_quick(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """C3. Only the fourth was looked at."""
+    pace = _later.Pace()
+    assert [await quick_one(pace, monkeypatch) for _ in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.usefixtures("few")
+async def test_slow_ones_stay_watched_from_their_first_wait_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for every fourth, which is looked at."""
+    pace = _later.Pace()
+    assert [await slow_one(pace, monkeypatch) for _ in range(12)] == 3 * [1, 1, 1, 0]
+
+
+@pytest.mark.usefixtures("few")
+async def test_after_a_quick_one_it_takes_some_slow_ones_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = _later.Pace()
+    pace.was_quick()
+    assert await slow_one(pace, monkeypatch) == 0
+    assert await quick_one(pace, monkeypatch) == 0
+    assert [await slow_one(pace, monkeypatch) for _ in range(6)] == [0, 0, 1, 1, 1, 0]
+
+
+async def test_two_threads_that_both_take_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own event loop, and none a lock. The next one is looked at."""
+    pace = _later.Pace()
+    pace.at_once = -1
+    assert await quick_one(pace, monkeypatch) == 0
+
+
+@pytest.mark.usefixtures("few")
+async def test_each_route_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not its requests have a ladder from the beginning."""
+    monkeypatch.setattr(_later, "LATER", 3600)
+    app = FastAPI()
+    app.router.route_class = CancellableRoute
+    client = Client()
+    seen: list[tuple[str, int]] = []
+
+    async def asks_for_its_ladder(request: Request) -> None:
+        assert request.scope[KEY].ladder.cause is None
+
+    async def wait(name: str) -> None:
+        await asyncio.sleep(0.0001)
+        seen.append((name, client.readers))
+
+    @cancel_policy(timeout=60)
+    async def wait_for_a_while(name: str) -> None:
+        await wait(name)
+
+    app.get("/{name}")(wait)
+    app.get("/told/{name}", dependencies=[Depends(asks_for_its_ladder)])(wait)
+    app.get("/limited/{name}")(wait_for_a_while)
+    for path in ["/a", "/limited/b", "/told/c"] * 5:
+        client = Client(BODY)
+        scope: Scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
+        await app(scope, client.receive, discard)
+    _later._rounds.clear()
+    for name in "abc":
+        assert [readers for who, readers in seen if who == name] == [1, 1, 1, 0, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +32,7 @@ def anyio_backend() -> str:
 @pytest.fixture(autouse=True)
 def never(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no wait were ever long enough to be watched."""
+    monkeypatch.setattr(_later, "SAMPLE", 0)
     monkeypatch.setattr(_later, "LATER", 3600)
     monkeypatch.setattr(_later, "_rounds", {})
 
@@ -401,8 +402,14 @@ class Client:
         """As a middleware hands them on: its watcher needs a task."""
         return await self._messages.get()
 
-    async def ask(self, work: Any, send: Send = discard, policy: CancelPolicy | None = None) -> None:
-        scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [], **self._at_once}
+    async def ask(
+        self,
+        work: Any,
+        send: Send = discard,
+        policy: CancelPolicy | None = None,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [*headers], **self._at_once}
         async with asyncio.timeout(20):
             receive = self._messages.get if self._alone else self.through
             await protect(work, scope, receive, send, policy or CancelPolicy())
@@ -541,8 +548,8 @@ async def test_the_last_send_may_wait_and_the_client_leave(monkeypatch: pytest.M
     assert seen == [0, "disconnect"]
 
 
-async def test_who_may_not_be_watched_yet_gets_one_that_asks_again() -> None:
-    """The work reads the body by itself, and waits for it."""
+async def test_who_waits_for_the_body_needs_none() -> None:
+    """The work hears by its own read of a client that leaves. It is watched from its next wait on."""
     messages: asyncio.Queue[Message] = asyncio.Queue()
     seen: list[Any] = []
 
@@ -560,7 +567,24 @@ async def test_who_may_not_be_watched_yet_gets_one_that_asks_again() -> None:
     scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [], _later.AT_ONCE: True}
     async with asyncio.timeout(20):
         await protect(work, scope, messages.get, discard, CancelPolicy())
-    assert seen == [b"x", True, "disconnect"]
+    assert seen == [b"x", False, "disconnect"]
+
+
+async def test_who_may_not_be_watched_yet_needs_none() -> None:
+    """C4: reading would invite the body. It is asked again at each wait."""
+    client = Client()
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        for _ in range(2):
+            await asyncio.sleep(0.0001)
+            seen.append(client.readers)
+        await receive()
+        await asyncio.sleep(0.0001)
+        seen.extend([client.readers, scope[KEY].made])
+
+    await client.ask(work, headers=[(b"expect", b"100-continue")])
+    assert seen == [0, 0, 1, None]
 
 
 async def test_one_that_waits_itself_for_the_client_to_leave_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:

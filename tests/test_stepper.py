@@ -338,6 +338,38 @@ async def test_any_other_error_is_for_whoever_reads(at_once: bool) -> None:
     assert seen == ["told"]
 
 
+class Wakened:
+    """A server whose `receive` only waits; a message that comes to a reader who is closed in that very turn is lost."""
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[Message]] = []
+
+    @_stepper.plain
+    async def receive(self) -> Message:
+        self.futures.append(asyncio.get_running_loop().create_future())
+        return await self.futures[-1]
+
+
+async def test_one_that_begins_anew_in_the_turn_that_woke_the_last_waits_for_its_own() -> None:
+    """It was paused for the last message, which has to wait: the wake-up of what was read before still comes."""
+    server = Wakened()
+    seen: list[Any] = []
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(0.001)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        server.futures[-1].set_result({"type": "http.request", "body": b""})
+        await send({"type": "http.response.body", "body": b""})
+        seen.extend([len(server.futures), len(server.futures[-1]._callbacks)])
+
+    await serve(work, server.receive, send)
+    assert seen == [2, 1]
+
+
 def of_uvicorn(function: Callable[..., Any]) -> Receive:
     """A `receive` of a server that may be uvicorn's, as far as its name goes."""
     named = FunctionType(function.__code__, function.__globals__ | {"__name__": "uvicorn.protocols.http.h11_impl"})
