@@ -22,7 +22,6 @@ from typing import Any, cast
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ._later import NOW, Pace, Room, leave, wait_for_watcher
 from ._native import NativeLadder, Watcher, start, stop
 from .channel import Channel
 from .ladder import RUNNING, Ladder
@@ -33,10 +32,9 @@ class LightChannel(Channel):
     """Makes its ladder when it is asked for it, on the event loop.
 
     :param host: the task that runs the work, inside no AnyIO cancel scope
-    :param pace: that of its route
     """
 
-    __slots__ = ("_cancelling", "_host", "_over", "_restless", "_room", "_waiting_for", "_waits", "_watcher", "pace")
+    __slots__ = ("_cancelling", "_host", "_over", "_restless", "_waiting_for", "_waits", "_watcher")
 
     def __init__(
         self,
@@ -46,17 +44,14 @@ class LightChannel(Channel):
         policy: CancelPolicy,
         response: Response | None,
         host: asyncio.Task[Any],
-        pace: Pace,
     ) -> None:
         super().__init__(scope, receive, send, policy, response)
         self._host = host
-        self.pace = pace
         self._cancelling = host.cancelling()
         self._waits = 0
         self._waiting_for: Any = RUNNING
         self._restless = True
         self._over = False
-        self._room: Room | None = None
         self._watcher: Watcher | None = None
 
     @property
@@ -64,7 +59,7 @@ class LightChannel(Channel):
         return self.made or self._make_ladder()
 
     def _make_ladder(self) -> Ladder:
-        ladder = NativeLadder(self.policy, self.scope, self._host, self.pace)
+        ladder = NativeLadder(self.policy, self.scope, self._host)
         ladder.take_over(self._cancelling, self._waits, self._waiting_for, self._watcher)
         self._watcher = None
         self.take(ladder)
@@ -75,13 +70,6 @@ class LightChannel(Channel):
             ladder.watch = None
         return ladder
 
-    def watch_now(self) -> None:
-        """It has waited for long enough."""
-        if self.made is not None:
-            cast(NativeLadder, self.made).watch_now()
-        elif not self.completed:
-            self._restless = not self.watch()
-
     def _watch_soon(self) -> None:
         self._restless = False
         if self.completed:
@@ -89,11 +77,6 @@ class LightChannel(Channel):
         if self._reading:  # the application itself, which will hear who leaves
             self._restless = True
             return
-        if self._room is None:
-            self._room = wait_for_watcher(self, self._host.get_loop())
-            if self._room is not NOW:
-                return
-        # Now, or it was watched before, but for its last message.
         self._restless = not self.watch()
 
     def _start_watcher(self) -> None:
@@ -152,8 +135,6 @@ class LightChannel(Channel):
         finally:
             steps = waiting_for = thrown = None  # an exception would hold this frame, which holds it
             self._over = True
-            if self._room:
-                leave(self._room, self)
             if self._watcher is not None:
                 stop(self._watcher)
                 self._watcher = None

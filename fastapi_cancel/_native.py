@@ -18,7 +18,6 @@ from weakref import ref
 
 from starlette.types import Scope
 
-from ._later import NOW, Pace, Room, leave, wait_for_watcher
 from ._stepper import Reader, only_waits
 from .exceptions import RequestCancelled
 from .ladder import DUE, FORCE, RUNNING, Ladder
@@ -91,13 +90,11 @@ class NativeLadder(Ladder):
     _arrived = False
     _within: Any = None
 
-    def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any], pace: Pace | None = None) -> None:
+    def __init__(self, policy: CancelPolicy, scope: Scope, task: asyncio.Task[Any]) -> None:
         super().__init__(policy, scope)
         self._task = task
         self._cancelling = task.cancelling()
         self._requests = 0
-        self.pace = pace or Pace()
-        self._room: Room | None = None
         self._watcher: Watcher | None = None
         self._helpers: tuple[asyncio.Task[Any], ...] = ()
 
@@ -123,8 +120,6 @@ class NativeLadder(Ladder):
 
     def end(self) -> None:
         super().end()
-        if self._room:
-            leave(self._room, self)
         if self._requests:
             self._take_back()
         # Not awaited: that would cost every request a turn of the loop.
@@ -196,18 +191,6 @@ class NativeLadder(Ladder):
 
     def spawn(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._add_helper(_Task(function(), loop=self._task.get_loop()))
-
-    def _watch_soon(self) -> None:
-        if not self._hurries and self._room is None and self.watch is not None:
-            self._room = wait_for_watcher(self, self._task.get_loop())
-            self._hurries = self._room is NOW
-        if self._hurries:
-            self._start_watching()
-
-    def watch_now(self) -> None:
-        self._hurries = True
-        self._room = None
-        self._start_watching()
 
     def start_watcher(self, reader: Reader) -> None:
         self._watcher = start(reader)

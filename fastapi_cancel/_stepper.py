@@ -28,6 +28,7 @@ _READ = frozenset(
 )
 
 _plain: set[Any] = {asyncio.Queue.get}  # Hypercorn's and Daphne's
+_uvicorns: set[Any] = set()
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,11 +44,19 @@ def only_waits(receive: Receive) -> bool:
     if type(receive) is not MethodType:  # not by its attributes: a proxy, as tracers use them, forwards these
         return False
     method: Any = receive
+    return method.__func__ in _plain or is_uvicorns(receive)
+
+
+def is_uvicorns(receive: Receive) -> bool:
+    """Whether this is uvicorn's, as we have read it."""
+    if type(receive) is not MethodType:
+        return False
+    method: Any = receive
     function = method.__func__
-    if function in _plain:
+    if function in _uvicorns:
         return True
     if function.__module__ in _UVICORN and _READ.issuperset(function.__code__.co_names):
-        plain(function)
+        _uvicorns.add(function)
         return True
     return False
 

@@ -8,11 +8,11 @@ Theory of operation
 - the *application* (``_read``), when it asks for a message while the body is not complete and nobody is reading.
   The usual request body, which came with its headers, costs nothing extra this way;
 - the *watcher* (``takes``), beside the work. It is started at the work's first wait that is not itself such a read,
-  or some milliseconds later (:mod:`._later`); once a stream flows, at its next one. It keeps at most one
-  message (``_ahead``) for the application, and stops while that is a piece of an unfinished body: back-pressure
-  stays with the server. The work's next wait starts it again, or the end of a read by another task of the
-  application. It may pause while the last message goes out: that is seldom a wait, and uvicorn would wake it
-  only to say that the response is complete.
+  or, where the loss of the connection can be overheard (:mod:`._overheard`), when there is something to read.
+  It keeps at most one message (``_ahead``) for the application, and stops while that is a piece of an unfinished
+  body: back-pressure stays with the server. The work's next wait starts it again, or the end of a read by another
+  task of the application. It may pause while the last message goes out: that is seldom a wait, and uvicorn would
+  wake it only to say that the response is complete.
 
 Once the body is complete, only the watcher reads, so that a peek (``request.is_disconnected()`` asks
 under a cancelled scope) never cancels the server's ``receive``: Hypercorn and Daphne deliver
@@ -30,8 +30,7 @@ its 413 there. If the watcher meets it, it is kept (``_error``) for the applicat
 
 Races, and why each is harmless:
 
-- *the client leaves before it is watched*: the watcher is told so when it starts, if the work still runs. No state of
-  a server's is gone by then; but Granian stops answering RSGI when it stops, so there it starts at the first wait.
+- *the client leaves before it is watched*: the watcher is told so when it starts, if the work still runs.
 - *http.disconnect while the last message is going out*: uvicorn answers it as soon as the response is
   complete. ``_finishing`` is set before that message is handed on, so it is read as the end it is. But that
   ``send`` must return soon: Hypercorn's never does once an HTTP/2 stream has been reset that had no credit.
@@ -55,6 +54,7 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from ._overheard import Overheard, overhear
 from ._parting import LOOKS, PARTING
 from ._pieces import Pieces
 from ._stepper import Reader
@@ -82,7 +82,7 @@ class Channel(Reader):
         *("scope", "policy", "made", "response", "interrupted", "closing", "completed", "gone"),
         *("_server_send", "_asked", "_body_complete", "_ended", "_reading", "_ahead", "_error", "_news"),
         *("_finishing", "_flowing", "_start", "_pieces", "_closing"),
-        *("_sending_since", "_doubted", "_stall_watched", "__weakref__"),
+        *("_sending_since", "_doubted", "_stall_watched", "_overheard", "__weakref__"),
     )
 
     def __init__(
@@ -106,6 +106,7 @@ class Channel(Reader):
         self._sending_since: float | None = None
         self._doubted: float | None = None
         self._coming = self._future = None
+        self._overheard: Overheard | None = None
 
     @property
     def ladder(self) -> Ladder:
@@ -144,7 +145,7 @@ class Channel(Reader):
                     self.made.settle()
                 return {"type": "http.disconnect"}
             if self._body_complete and not self._reading:
-                self.watch()  # started eagerly, it may have its news already
+                self._read_on()  # started eagerly, it may have its news already
             if self._reading:
                 await self._wait_for_news()
             elif not self._body_complete:
@@ -156,19 +157,33 @@ class Channel(Reader):
                     return message
 
     def watch(self) -> bool:
-        """Start the watcher if it may read now.
+        """Have the client watched, if that may be now.
 
         :return: False: it may not yet, ask again
         """
-        if self._ended or self._error is not None:
+        if self._ended or self._error is not None or self._listens():
             return True
         if self._reading or (self._ahead is not None and not self._body_complete):
             return False
         if not self._asked and not self._flowing and _expects_continue(self.scope["headers"]):
             return False
+        self._read_on()
+        return True
+
+    def _listens(self) -> bool:
+        if self._overheard is None and (overheard := overhear(self.server_receive)) is not None:
+            self._overheard = overheard
+            overheard.add(self)
+        return self._overheard is not None
+
+    def connection_lost(self) -> None:
+        """Overheard. What the server says of it is for whoever reads already."""
+        if not (self._reading or self._ended):
+            self._read_on()
+
+    def _read_on(self) -> None:
         self._reading = True
         self._start_watcher()
-        return True
 
     def _start_watcher(self) -> None:
         self.ladder.start_watcher(self)
@@ -202,7 +217,8 @@ class Channel(Reader):
         if not message.get("body"):  # httpx's ASGITransport begins with an empty piece
             return True
         self._ahead = message
-        self.ladder.unwatched()
+        if not self._listens():
+            self.ladder.unwatched()
         return False
 
     def fails(self, exc: Exception) -> None:
@@ -325,7 +341,7 @@ class Channel(Reader):
                     self.made.watch = None  # nobody will send again
         elif not self._flowing and kind == "http.response.body":
             self._flowing = True
-            self.ladder.hurry()  # the rest of a stream is not over in a moment
+            self._watch_again()  # it may read now, even if the body was never asked for
 
     @property
     def started(self) -> bool:
@@ -371,6 +387,8 @@ class Channel(Reader):
         """The work has ended: whoever still holds on to ``receive`` is told so."""
         self._ended = True
         self._ahead = self._error = None
+        if self._overheard is not None:
+            self._overheard.remove(self)
 
 
 _name = itemgetter(0)

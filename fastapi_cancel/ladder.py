@@ -107,7 +107,7 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
     :ivar reason: what whoever stopped it says about that
     :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
-    :ivar watch: called when the work waits, or a little later, until it returns True: the client is watched
+    :ivar watch: called when the work waits, until it returns True: the client is watched
     :ivar parting: called when the grace is over, before the cancellation
     """
 
@@ -124,7 +124,7 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
         self.waits = 0
         self.watch: Callable[[], bool] | None = None
         self.parting: Callable[[], object] | None = None
-        self._watched = self._hurries = False
+        self._watched = False
         self._restless = True
         self._waiting_for: Any = RUNNING
         self._listeners: tuple[Callable[[], object], ...] = ()
@@ -217,7 +217,7 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
         self._restless = True
 
     def watch_again(self) -> None:
-        """A read of the application's is over. If a task of its own did it, the work may not wait anew."""
+        """The watcher may read now, if it might not before. If by a task of the work's, that may not wait anew."""
         if not self._watched and not self.in_host():
             self._start_watching()
 
@@ -301,21 +301,10 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
 
     def _on_wait(self) -> None:
         self._restless = False
-        self._watch_soon()  # which may have news at once
+        self._start_watching()  # which may have news at once
         if self.state in (DUE, FORCE):
             self._restless = True
             self._call_soon(self._attempt)
-
-    def _watch_soon(self) -> None:
-        """The work waits, and may go on to: start watching, now or a little later."""
-        self._start_watching()
-
-    def hurry(self) -> None:
-        """A stream flows: start watching now or, if the work itself has sent the first piece, at its next wait."""
-        self._hurries = True
-        if not self._watched:
-            self._restless = True
-            self.watch_again()
 
     # -- the rungs ---------------------------------------------------------------------------
 

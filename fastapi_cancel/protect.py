@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from ._later import Pace
 from ._light import LightChannel
 from ._native import NativeLadder, free_task
 from ._parting import parting
@@ -47,14 +46,11 @@ async def protect(
     send: Send,
     policy: CancelPolicy,
     response: Response | None = None,
-    pace: Pace | None = None,
 ) -> None:
     """Run ``app`` so that it ends when its client does.
 
     To ``app`` this is an ASGI 2.4 server, whatever the real one says of itself. A request that is
     protected already goes on as it is, under the new policy.
-
-    :param pace: of the route that runs, if one does
     """
     if (around := scope.get(KEY)) is not None:
         before = around.ladder.policy
@@ -64,10 +60,10 @@ async def protect(
             around.ladder.adopt(before)
         return
     if (host := free_task()) is not None and policy.timeout is None:
-        channel: Channel = LightChannel(scope, receive, send, policy, response, host, pace or Pace())
+        channel: Channel = LightChannel(scope, receive, send, policy, response, host)
     else:
         channel = Channel(scope, receive, send, policy, response)
-        channel.take(ladder_for(policy, scope, pace))
+        channel.take(ladder_for(policy, scope))
     asgi = scope.get("asgi")  # Starlette's TestClient gives none
     scope["asgi"] = (asgi or {}) | SPEC
     scope[KEY] = channel
@@ -94,10 +90,10 @@ async def protect(
             del ending[ladder]
 
 
-def ladder_for(policy: CancelPolicy, scope: Scope, pace: Pace | None = None) -> Ladder:
+def ladder_for(policy: CancelPolicy, scope: Scope) -> Ladder:
     """The ladder that fits the calling task."""
     if (task := free_task()) is not None:
-        return NativeLadder(policy, scope, task, pace)
+        return NativeLadder(policy, scope, task)
     try:
         task = asyncio.current_task()
     except RuntimeError:  # another backend than asyncio

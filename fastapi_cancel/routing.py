@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from ._closing import close, in_threads
 from ._endpoints import closing, current
-from ._later import Pace
 from .policy import CancelPolicy, policy_of
 from .protect import KEY, protect
 from .responses import Cancellable
@@ -63,7 +62,6 @@ class CancellableRoute(APIRoute):
         self._declared = endpoint
         wrapped = closing(endpoint)
         self._yields = wrapped is not endpoint
-        self._pace = Pace()
         super().__init__(path, wrapped, **kwargs)
         if self.stoppable is not None:
             self.stoppable.check(path, self.param_convertors)
@@ -79,7 +77,7 @@ class CancellableRoute(APIRoute):
             await super().handle(scope, receive, send)
         else:
             app = super().handle if self.stoppable is None else self._run
-            await protect(app, scope, receive, send, policy, pace=self._pace)
+            await protect(app, scope, receive, send, policy)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.stoppable is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,9 +98,21 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """On asyncio a request gets its ladder when somebody needs it; to its watcher that makes no difference."""
 
     def laddered(*args: Any) -> Channel:
-        channel = Channel(*args[:-2])
-        channel.take(protect.ladder_for(channel.policy, channel.scope, args[-1]))
+        channel = Channel(*args[:-1])
+        channel.take(protect.ladder_for(channel.policy, channel.scope))
         return channel
 
     if request.param != "no ladder yet":
         monkeypatch.setattr(protect, "LightChannel", laddered)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> str:
+    """The folder of a server's ``cert`` and ``key``."""
+    assert shutil.which("openssl") is not None, "this test needs openssl"
+    options = (
+        "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key -out cert -days 2 -subj /CN=localhost"
+    )
+    command = ["openssl", "req", "-x509", *options.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    return str(tmp_path)

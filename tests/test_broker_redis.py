@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable
@@ -237,17 +235,6 @@ async def test_passwords_are_not_told(own_redis: RedisServer, caplog: pytest.Log
     assert SECRET not in "".join(traceback.format_exception(error))
     assert SECRET not in caplog.text
     assert f"redis://127.0.0.1:{own_redis.port}" in caplog.text
-
-
-@pytest.fixture
-def certificate(tmp_path: Any) -> str:
-    assert shutil.which("openssl") is not None, "this test needs openssl"
-    options = (
-        "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout key -out cert -days 2 -subj /CN=localhost"
-    )
-    command = ["openssl", "req", "-x509", *options.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    return str(tmp_path)
 
 
 @on_asyncio

@@ -14,7 +14,6 @@ import pytest
 from anyio.to_thread import run_sync
 
 from fastapi_cancel import CancelPolicy, Cause, _native
-from fastapi_cancel._later import Pace
 from fastapi_cancel._light import LightChannel
 from fastapi_cancel._native import NativeLadder
 from fastapi_cancel._scoped import GroupLadder, ScopedLadder
@@ -68,7 +67,7 @@ def make(kind: str, **policy: Any) -> Ladder:
     task = asyncio.current_task()
     assert task is not None
     if kind == "late" and "timeout" not in policy:  # else it has one from the beginning
-        return cast(Ladder, Late(Unwatched(SCOPE, unused, unused, CancelPolicy(**policy), None, task, Pace())))
+        return cast(Ladder, Late(Unwatched(SCOPE, unused, unused, CancelPolicy(**policy), None, task)))
     return (ScopedLadder if kind == "scoped" else NativeLadder)(CancelPolicy(**policy), SCOPE, task)
 
 

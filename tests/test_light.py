@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from fastapi_cancel import CancelPolicy, _later, _light
+from fastapi_cancel import CancelPolicy
 from fastapi_cancel.channel import Channel
 from fastapi_cancel.exceptions import ClientGone
 from fastapi_cancel.ladder import DONE, RUNNING
@@ -27,14 +27,6 @@ BODY = {"type": "http.response.body", "body": b"x"}
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture(autouse=True)
-def never(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if no wait were ever long enough to be watched."""
-    monkeypatch.setattr(_later, "SAMPLE", 0)
-    monkeypatch.setattr(_later, "LATER", 3600)
-    monkeypatch.setattr(_later, "_rounds", {})
 
 
 async def never_comes() -> Message:
@@ -236,49 +228,32 @@ def test_one_that_is_closed_in_the_middle_of_a_wait_is_closed() -> None:
     asyncio.run(begin())
 
 
-async def test_a_background_task_is_not_watched() -> None:
+@pytest.mark.parametrize("waits_before", [True, False])
+async def test_a_background_task_is_not_watched(waits_before: bool) -> None:
+    client = Client()
+    seen: list[Any] = []
+
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        if waits_before:
+            await asyncio.sleep(0.0001)
+            seen.append(client.readers)
         await send(START)
         await send(BODY)
-        await asyncio.sleep(0.001)
-        assert not _later._rounds
-        assert scope[KEY].made is None
-
-    await ask(work)
-
-
-async def test_nor_if_it_has_begun_to_wait_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_later, "LATER", 0.001)
-    asked: list[str] = []
-
-    async def receive() -> Message:
-        asked.append("receive")
-        return await never_comes()
-
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.0001)
-        await send(START)
-        await send(BODY)
-        while _later._rounds:
-            await asyncio.sleep(0.001)
-        assert scope[KEY].made is None
+        seen.extend([client.readers, scope[KEY].made])
 
-    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
-    async with asyncio.timeout(20):
-        await protect(work, scope, receive, discard, CancelPolicy())
-    assert asked == []
+    await client.ask(work)
+    assert seen == ([1] if waits_before else []) + [0, None]
 
 
-@pytest.mark.parametrize(
-    ("turns", "waits", "made", "expected"),
-    [(2, 0, False, 0), (3, 0, False, 1), (0, 1, False, 1), (2, 3, False, 1), (0, 1, True, 0)],
-)
-async def test_it_waits_to_be_watched_once(
-    monkeypatch: pytest.MonkeyPatch, turns: int, waits: int, made: bool, expected: int
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize(("turns", "waits", "expected"), [(2, 0, 0), (3, 0, 1), (0, 1, 1), (2, 3, 1)])
+async def test_it_asks_to_be_watched_once(
+    monkeypatch: pytest.MonkeyPatch, turns: int, waits: int, expected: int, made: bool
 ) -> None:
-    """However often it waits; and not for one turn of the event loop or two. With a ladder, that does so."""
-    asked: list[Any] = []
-    monkeypatch.setattr(_light, "wait_for_watcher", lambda channel, loop: asked.append(channel))
+    """However often it waits; and not for one turn of the event loop or two."""
+    asked: list[Channel] = []
+    monkeypatch.setattr(Channel, "watch", lambda channel: not asked.append(channel))  # type: ignore[func-returns-value]
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         assert not made or scope[KEY].ladder
@@ -291,39 +266,42 @@ async def test_it_waits_to_be_watched_once(
     assert len(asked) == expected
 
 
-async def test_it_does_not_wait_to_be_watched_when_it_is_over() -> None:
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.sleep(0.0001)
-        assert [len(rounds.room) for rounds in _later._rounds.values()] == [1]
-
-    await ask(work)
-    assert [len(rounds.room) for rounds in _later._rounds.values()] == [0]
-
-
-async def test_it_is_watched_at_once_when_a_task_of_its_own_has_read_the_body() -> None:
-    client = Client(at_once=False)
+async def test_it_is_watched_when_a_task_of_its_own_has_asked_for_the_body() -> None:
+    """C4: not before, which would have invited it. The work waits for that task, and may not wait anew."""
+    client = Client()
     seen: list[int] = []
 
-    async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.create_task(receive())  # type: ignore[arg-type]
+    async def read(receive: Receive) -> None:
+        seen.append(client.readers)
+        await receive()
         await asyncio.sleep(0.001)
         seen.append(client.readers)
 
-    await client.ask(work)
-    assert seen == [1]
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.create_task(read(receive))
+
+    await client.ask(work, headers=[(b"expect", b"100-continue")])
+    assert seen == [0, 1]
 
 
-async def test_but_not_when_the_work_has_read_it() -> None:
-    client = Client(at_once=False)
-    seen: list[Any] = []
+@pytest.mark.parametrize("made", [True, False])
+async def test_or_has_sent_the_first_piece(made: bool) -> None:
+    client = Client()
+    seen: list[int] = []
+
+    async def stream(send: Send) -> None:
+        await send(START)
+        await asyncio.sleep(0.001)
+        seen.append(client.readers)
+        await send(BODY | {"more_body": True})
+        seen.append(client.readers)
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        await receive()
-        await asyncio.sleep(0.001)
-        seen.extend([client.readers, scope[KEY].made])
+        assert not made or scope[KEY].ladder
+        await asyncio.create_task(stream(send))
 
-    await client.ask(work)
-    assert seen == [0, None]
+    await client.ask(work, headers=[(b"expect", b"100-continue")])
+    assert seen == [0, 1]
 
 
 async def test_one_that_is_made_once_the_response_is_complete_ends_nothing() -> None:
@@ -334,12 +312,10 @@ async def test_one_that_is_made_once_the_response_is_complete_ends_nothing() -> 
         await send(START)
         await send(BODY)
         ladder = scope[KEY].ladder
-        seen.append((ladder.state, ladder.signal("disconnect")))
-        await asyncio.sleep(0.001)
-        assert not _later._rounds  # nor is it watched
+        seen.extend([ladder.state, ladder.signal("disconnect"), ladder.watch])
 
     await ask(work)
-    assert seen == [(DONE, False)]
+    assert seen == [DONE, False, None]
 
 
 async def test_no_timer_is_left_of_one_that_was_made_in_the_last_step() -> None:
@@ -382,14 +358,12 @@ class Client:
     """Its messages, as a server that only waits gives them.
 
     :param alone: without a middleware between
-    :param at_once: watched from the first wait on
     """
 
-    def __init__(self, *, alone: bool = True, at_once: bool = True) -> None:
+    def __init__(self, *, alone: bool = True) -> None:
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
         self._messages.put_nowait({"type": "http.request", "body": b""})
         self._alone = alone
-        self._at_once = {_later.AT_ONCE: True} if at_once else {}
 
     @property
     def readers(self) -> int:
@@ -409,7 +383,7 @@ class Client:
         policy: CancelPolicy | None = None,
         headers: Iterable[tuple[bytes, bytes]] = (),
     ) -> None:
-        scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [*headers], **self._at_once}
+        scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [*headers]}
         async with asyncio.timeout(20):
             receive = self._messages.get if self._alone else self.through
             await protect(work, scope, receive, send, policy or CancelPolicy())
@@ -501,12 +475,11 @@ async def test_who_watches_is_still_sent_away_while_the_last_message_goes_out(ma
     assert seen == [1, 0]
 
 
-async def test_it_may_be_made_before_the_client_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_later, "LATER", 0.001)
+async def test_it_may_be_made_before_the_client_is_watched() -> None:
     seen: list[Any] = []
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        asyncio.get_running_loop().call_soon(lambda: scope[KEY].ladder)
+        assert scope[KEY].ladder.cause is None
         try:
             await asyncio.sleep(60)
         finally:
@@ -521,23 +494,20 @@ async def test_it_may_be_made_before_the_client_is_watched(monkeypatch: pytest.M
     assert seen == ["disconnect"]
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-async def test_the_last_send_may_wait_and_the_client_leave(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
-    """It was watched, but not while that message went out."""
-    client = Client(at_once=at_once)
+async def test_the_last_send_may_wait_and_the_client_leave() -> None:
+    """It was watched, and paused for that message; it is watched again when that waits."""
+    client = Client()
     seen: list[Any] = []
 
     async def send(message: Message) -> None:
         if message is BODY:
-            monkeypatch.setattr(_later, "LATER", 3600)
             seen.append(client.readers)
             asyncio.get_running_loop().call_later(0.001, client.leave)
             await asyncio.sleep(60)
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        monkeypatch.setattr(_later, "LATER", 0.001)
-        while not client.readers:
-            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.0001)
+        seen.append(client.readers)
         await send(START)
         try:
             await send(BODY)
@@ -545,7 +515,7 @@ async def test_the_last_send_may_wait_and_the_client_leave(monkeypatch: pytest.M
             seen.append(scope[KEY].cause)
 
     await client.ask(work, send)
-    assert seen == [0, "disconnect"]
+    assert seen == [1, 0, "disconnect"]
 
 
 async def test_who_waits_for_the_body_needs_none() -> None:
@@ -564,7 +534,7 @@ async def test_who_waits_for_the_body_needs_none() -> None:
         finally:
             seen.append(channel.cause)
 
-    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [], _later.AT_ONCE: True}
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     async with asyncio.timeout(20):
         await protect(work, scope, messages.get, discard, CancelPolicy())
     assert seen == [b"x", False, "disconnect"]
@@ -587,18 +557,29 @@ async def test_who_may_not_be_watched_yet_needs_none() -> None:
     assert seen == [0, 0, 1, None]
 
 
-async def test_one_that_waits_itself_for_the_client_to_leave_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is watched then, before it has waited for long enough for that."""
-    monkeypatch.setattr(_later, "LATER", 0.001)
-    client = Client(at_once=False)
+async def test_a_handler_that_asks_is_told_at_once() -> None:
+    """What there is to hear, and without a wait."""
+    client = Client()
+    client.leave()
+    seen: list[str] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((await receive())["type"])
+        seen.append((await receive())["type"])
+        seen.append(scope[KEY].cause)
+
+    await client.ask(work)
+    assert seen == ["http.request", "http.disconnect", "disconnect"]
+
+
+async def test_one_that_waits_itself_for_the_client_to_leave_needs_none() -> None:
+    client = Client()
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
         leaving: asyncio.Task[Message] = asyncio.create_task(receive())  # type: ignore[arg-type]
         await asyncio.sleep(0.0001)
         assert client.readers == 1
-        while _later._rounds:
-            await asyncio.sleep(0.001)
         assert scope[KEY].made is None
         client.leave()
         with suppress(asyncio.CancelledError):

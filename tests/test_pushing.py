@@ -26,7 +26,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastapi_cancel import Broker, CancelPolicy, SSEResponse, StreamInfo, connect
 from fastapi_cancel._feed import MAX_BYTES
-from fastapi_cancel._later import AT_ONCE
 from fastapi_cancel.broker import Event, Subscription
 from fastapi_cancel.protect import KEY
 from fastapi_cancel.testing import Visit, after_event, when
@@ -108,7 +107,7 @@ class Reader:
             self.there.set()
 
     async def visit(self, app: ASGIApp) -> None:
-        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b"", AT_ONCE: True}
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
         await app(scope, self.receive, self.send)
 
 

@@ -19,7 +19,6 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancellableRoute
-from fastapi_cancel._later import AT_ONCE
 from fastapi_cancel.rsgi import RSGI, backlog
 from fastapi_cancel.rsgi.backlog import MANY_LOOKS, STEP, Backlog, look
 
@@ -200,7 +199,6 @@ async def test_scope_of_a_request() -> None:
         "server": ("127.0.0.1", 8000),
         "state": {},
         "extensions": {},
-        AT_ONCE: True,
     }
 
 

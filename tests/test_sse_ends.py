@@ -18,9 +18,11 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from fastapi_cancel import CancelPolicy, SSEResponse, drain
+from fastapi_cancel._event_stream import EventStream
+from fastapi_cancel._scoped import GroupLadder
 from fastapi_cancel.sse import HEARING
 from fastapi_cancel.testing import after_chunks, after_event, when
 
@@ -256,6 +258,21 @@ async def test_an_event_stream_leaves_no_reference_cycle(end: str, sender: bool)
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_helper_that_begins_when_the_stream_has_been_let_go_of_sends_nothing() -> None:
+    """It is on its way for a turn or two. The stream holds neither its content nor the channel any more."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    stream = EventStream(SSEResponse(Feed().events()), GroupLadder(CancelPolicy(), scope), send)
+    stream.let_go()
+    await stream._aside((b"data: 1\r\n\r\n", 1, None))
+    assert sent == []
+    assert stream.info.events == 0
+
+
 async def test_a_heartbeat_that_begins_when_all_is_over() -> None:
     """Made while the client leaves, to be sent two turns later: the cleanup is running by then."""
 

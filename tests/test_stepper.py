@@ -11,7 +11,6 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from fastapi_cancel import CancelPolicy, Cause, _stepper, channel
-from fastapi_cancel._later import AT_ONCE
 from fastapi_cancel._stepper import only_waits
 from fastapi_cancel.protect import KEY, protect
 
@@ -32,7 +31,7 @@ async def discard(message: Message) -> None:
 
 
 async def serve(work: Any, receive: Receive, send: Send = discard) -> None:
-    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": [], AT_ONCE: True}
+    scope: Scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     await protect(work, scope, receive, send, CancelPolicy())
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from .._later import AT_ONCE
 from ..exceptions import is_quiet
 from .backlog import address
 from .http import Exchange
@@ -76,7 +75,6 @@ class RSGI:
         if scope.proto == "http":
             asgi["type"] = "http"
             asgi["method"] = scope.method
-            asgi[AT_ONCE] = True  # a worker that stops meanwhile would not say any more that the client has left
             connection = Exchange(scope, protocol)
         else:
             asgi["type"] = "websocket"

@@ -15,7 +15,6 @@ from urllib.parse import quote, unquote, urlencode
 
 from starlette.types import ASGIApp
 
-from .._later import AT_ONCE
 from .habits import Habits, habits_of
 from .lifespan import lifespan
 from .moments import Moment
@@ -181,7 +180,6 @@ class LeavingClient:
             "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
             "client": ("127.0.0.1", 50000),
             "server": ("testserver", 80),
-            AT_ONCE: True,  # who leaves at a wait is to be noticed there, however short it is
         }
         if self.habits.extensions:
             scope["extensions"] = {name: {} for name in self.habits.extensions}
