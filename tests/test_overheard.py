@@ -23,6 +23,7 @@ from uvicorn.server import Server, ServerState
 
 from fastapi_cancel import CancelPolicy
 from fastapi_cancel._overheard import Overheard, overhear
+from fastapi_cancel.channel import Channel
 from fastapi_cancel.protect import KEY, protect
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("either_way")]
@@ -101,8 +102,10 @@ class Deaf(Wire):
 class Connection:
     """One connection to a server that runs ``work``.
 
-    :ivar readers: how many wait inside the server's ``receive``
+    :ivar sends: whether its ``send`` gets through
     """
+
+    sends = True
 
     def __init__(self, kind: Any, work: Work, wire: type[Wire] = Wire, **policy: Any) -> None:
         self._work = work
@@ -115,10 +118,11 @@ class Connection:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._cycles.append(receive.__self__)  # type: ignore[attr-defined]
-        await protect(self._work, scope, self._cycles[-1].receive, send, self._policy)
+        await protect(self._work, scope, receive, send if self.sends else broken, self._policy)
 
     @property
     def readers(self) -> int:
+        """How many wait inside the server's ``receive``."""
         return sum(len(cycle.message_event._waiters) for cycle in self._cycles)
 
     async def ask(self, data: bytes = GET) -> None:
@@ -129,6 +133,11 @@ class Connection:
     async def over(self) -> None:
         """All requests have ended."""
         await until(lambda: not self.server.tasks)
+
+
+async def broken(message: Message) -> None:
+    """As that of a middleware that has had enough of this client."""
+    raise OSError
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -305,6 +314,61 @@ async def test_an_application_that_asks_itself_is_told(kind: Any, wait: float) -
     assert seen == ["http.request", "http.disconnect", "disconnect"]
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Channel]:
+    """Whose watcher has begun to read."""
+    noted: list[Channel] = []
+    read_on = Channel._read_on
+
+    def note(channel: Channel) -> None:
+        noted.append(channel)
+        read_on(channel)
+
+    monkeypatch.setattr(Channel, "_read_on", note)
+    return noted
+
+
+async def test_who_reads_already_hears_of_it_there(kind: Any, reads: list[Channel]) -> None:
+    """C1: one reader. And C7: that is its one interruption."""
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+        while seen[-1:] != ["http.disconnect"]:
+            seen.append((await receive())["type"])
+        await asyncio.sleep(0.001)
+        seen.append(scope[KEY].cause)
+
+    connection = Connection(kind, work)
+    await connection.ask(POST + b"\r\nx")
+    await until(lambda: connection.readers)
+    assert connection.wire.overheard
+    connection.wire.lose()
+    await connection.over()
+    assert seen == ["http.request", "http.disconnect", "disconnect"]
+    assert reads == []
+
+
+async def test_who_has_heard_of_it_before_reads_no_more(kind: Any, reads: list[Channel]) -> None:
+    """By a ``send`` that failed."""
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+        try:
+            await send(START)
+        finally:
+            connection.wire.lose()
+            await asyncio.sleep(0.001)
+            seen.append(scope[KEY].cause)
+
+    connection = Connection(kind, work)
+    connection.sends = False
+    await connection.ask()
+    await connection.over()
+    assert (seen, reads) == (["disconnect"], [])
+
+
 async def test_a_stream_is_cut(kind: Any) -> None:
     seen: list[Any] = []
 
@@ -445,12 +509,12 @@ class Talking(HttpToolsProtocol):
     """Another release: it says so somewhere else, too."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.give_up()
+        if self.cycle is not None:
+            self.cycle.disconnected = True
         super().connection_lost(exc)
 
     def give_up(self) -> None:
-        if self.cycle is not None:
-            self.cycle.disconnected = True
+        self.cycle.disconnected = True
 
 
 class Silent(HttpToolsProtocol):
@@ -460,18 +524,23 @@ class Silent(HttpToolsProtocol):
         super().connection_lost(exc)
 
 
-def wrapped(*arguments: Any) -> Any:
-    """Somebody else listens already, with a protocol of no known kind."""
+def filling(*arguments: Any) -> Any:
+    """It has its data put into a buffer of its own."""
 
-    class Wrapper:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(protocol, name)
+    class Filling(asyncio.BufferedProtocol):
+        def __init__(self) -> None:
+            self.connection_made = protocol.connection_made  # type: ignore[assignment]
+            self.data_received = protocol.data_received
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.disconnected = True
+            protocol.connection_lost(exc)
 
     protocol = HttpToolsProtocol(*arguments)
-    return Wrapper()
+    return Filling()
 
 
-@pytest.mark.parametrize("kind", [Talking, Silent, wrapped])
+@pytest.mark.parametrize("kind", [Talking, Silent, filling])
 async def test_a_server_that_may_say_it_elsewhere_is_read(kind: Any) -> None:
     connection = Connection(kind, job := Job())
     await connection.ask()
