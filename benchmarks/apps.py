@@ -20,11 +20,9 @@ from starlette.types import Receive, Scope, Send
 from fastapi_cancel import CancellableRoute, CancellableStreamingResponse
 
 from .harness import BASE
-from .least import LeastRoute
 
 OURS = "CancellableRoute"
 BARE = "`receive` called twice and closed, and nothing else"
-LEAST = "the least code that keeps the contract's core"
 DECORATOR = "fastapi-disconnect decorator"
 MIDDLEWARE = "fastapi-disconnect middleware"
 
@@ -76,7 +74,7 @@ async def _twice(receive: Receive) -> None:
     await receive()
 
 
-CLASSES = {OURS: CancellableRoute, BARE: BareRoute, LEAST: LeastRoute}
+CLASSES = {OURS: CancellableRoute, BARE: BareRoute}
 
 
 def build(variant: str, layers: int = 0) -> FastAPI:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from .apps import CLEANUP, LEAST, MIDDLEWARE, OURS, PEERS, PEERS_MISSING
+from .apps import CLEANUP, MIDDLEWARE, OURS, PEERS, PEERS_MISSING
 from .harness import BASE, Row, Section, at_most
 from .server import SERVER, Server, many_sockets
 
@@ -23,7 +23,6 @@ CASES: dict[str, tuple[str, str, bool]] = {
     "StreamingResponse on a CancellableRoute": (OURS, "/idle", True),
     "plain handler": (BASE, "/hold", False),
     "plain StreamingResponse": (BASE, "/idle", False),
-    f"handler, {LEAST}": (LEAST, "/hold", False),
     **(
         {
             "handler, fastapi-disconnect middleware": (MIDDLEWARE, "/hold", False),

@@ -11,7 +11,7 @@ from functools import partial
 from signal import SIGCONT, SIGINT, SIGSTOP
 from time import sleep
 
-from .apps import BARE, LEAST, OURS, PEERS_MISSING, VARIANTS
+from .apps import BARE, OURS, PEERS_MISSING, VARIANTS
 from .harness import BASE, Ratio, Section, at_least, ratio, shown, typical
 from .server import CORES, SERVER, Server
 
@@ -19,11 +19,11 @@ CONNECTIONS = 16
 CROWD = 64
 TURN = 0.05  # seconds
 ROWS = [
-    ("never waits", "/never", [*VARIANTS, LEAST], CONNECTIONS),
+    ("never waits", "/never", VARIANTS, CONNECTIONS),
     ("waits for one turn of the loop, `sleep(0)`", "/turn", VARIANTS, CONNECTIONS),
-    ("waits for a timer, `sleep(0.001)`", "/sleep", [*VARIANTS, BARE, LEAST], CONNECTIONS),
-    ("waits for a timer, `sleep(0.02)`", "/sleep-long", [*VARIANTS, BARE, LEAST], CONNECTIONS),
-    (f"the same with {CROWD} connections", "/sleep-long", [*VARIANTS, BARE, LEAST], CROWD),
+    ("waits for a timer, `sleep(0.001)`", "/sleep", [*VARIANTS, BARE], CONNECTIONS),
+    ("waits for a timer, `sleep(0.02)`", "/sleep-long", [*VARIANTS, BARE], CONNECTIONS),
+    (f"the same with {CROWD} connections", "/sleep-long", [*VARIANTS, BARE], CROWD),
 ]
 
 
@@ -38,7 +38,7 @@ def run(quick: bool) -> Section:
     if PEERS_MISSING:
         section.notes.append(PEERS_MISSING)
     with ExitStack() as stack:
-        all_servers = {variant: stack.enter_context(Server(variant)) for variant in [*VARIANTS, BARE, LEAST]}
+        all_servers = {variant: stack.enter_context(Server(variant)) for variant in [*VARIANTS, BARE]}
         for what, path, variants, connections in ROWS:
             servers = {variant: all_servers[variant] for variant in variants}
             costs = cpu_a_request(servers, path, connections, rounds=3 if quick else 12)

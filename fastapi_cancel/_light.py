@@ -14,7 +14,7 @@ made it has ended by then, for it has heard of a disconnect or has a piece of th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from itertools import chain
 from types import coroutine
 from typing import Any, cast
@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from ._native import NativeLadder, Watcher, start, stop
 from .channel import Channel
-from .ladder import RUNNING, Ladder
+from .ladder import RUNNING, Ladder, Timer
 from .policy import CancelPolicy
 
 
@@ -78,6 +78,9 @@ class LightChannel(Channel):
             self._restless = True
             return
         self._restless = not self.watch()
+
+    def _call_later(self, seconds: float, function: Callable[[], object]) -> Timer | None:
+        return self._host.get_loop().call_later(seconds, function)
 
     def _start_watcher(self) -> None:
         if self.made is not None:

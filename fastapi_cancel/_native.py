@@ -87,6 +87,7 @@ def stop(watcher: Watcher) -> None:
 class NativeLadder(Ladder):
     """Delivers by ``Task.cancel``, and takes its requests back by ``Task.uncancel``."""
 
+    cheap_timers = True
     _arrived = False
     _within: Any = None
 

@@ -11,8 +11,9 @@ Theory of operation
   or, where the loss of the connection can be overheard (:mod:`._overheard`), when there is something to read.
   It keeps at most one message (``_ahead``) for the application, and stops while that is a piece of an unfinished
   body: back-pressure stays with the server. The work's next wait starts it again, or the end of a read by another
-  task of the application. It may pause while the last message goes out: that is seldom a wait, and uvicorn would
-  wake it only to say that the response is complete.
+  task of the application. While the head or the last message of the response goes out it starts ``HANDING_ON`` late,
+  and for the last one it pauses: that is seldom a wait, but in a middleware for a turn or two, the work is done, and
+  uvicorn would wake it only to say that the response is complete.
 
 Once the body is complete, only the watcher reads, so that a peek (``request.is_disconnected()`` asks
 under a cancelled scope) never cancels the server's ``receive``: Hypercorn and Daphne deliver
@@ -44,7 +45,7 @@ Races, and why each is harmless:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from operator import itemgetter
 from time import monotonic
@@ -59,9 +60,10 @@ from ._parting import LOOKS, PARTING
 from ._pieces import Pieces
 from ._stepper import Reader
 from .exceptions import ClientGone
-from .ladder import Ladder
+from .ladder import Ladder, Timer
 from .policy import CancelPolicy, Cause
 
+HANDING_ON = 0.002  # seconds that the head or the end of a response may take before its client is watched
 SECOND_LOOK = 0.05  # seconds from when a client would have stalled until we believe it
 
 
@@ -82,7 +84,7 @@ class Channel(Reader):
         *("scope", "policy", "made", "response", "interrupted", "closing", "completed", "gone"),
         *("_server_send", "_asked", "_body_complete", "_ended", "_reading", "_ahead", "_error", "_news"),
         *("_finishing", "_flowing", "_start", "_pieces", "_closing"),
-        *("_sending_since", "_doubted", "_stall_watched", "_overheard", "__weakref__"),
+        *("_sending_since", "_doubted", "_stall_watched", "_overheard", "_handing_on", "_later", "__weakref__"),
     )
 
     def __init__(
@@ -96,7 +98,7 @@ class Channel(Reader):
         self.response = response
         self.interrupted = self.closing = self.completed = self.gone = False
         self._asked = self._body_complete = self._ended = self._reading = False
-        self._finishing = self._flowing = self._stall_watched = False
+        self._finishing = self._flowing = self._stall_watched = self._handing_on = False
         self._ahead: Message | None = None
         self._error: Exception | None = None
         self._news: anyio.Event | None = None
@@ -107,6 +109,7 @@ class Channel(Reader):
         self._doubted: float | None = None
         self._coming = self._future = None
         self._overheard: Overheard | None = None
+        self._later: Timer | None = None
 
     @property
     def ladder(self) -> Ladder:
@@ -167,8 +170,19 @@ class Channel(Reader):
             return False
         if not self._asked and not self._flowing and _expects_continue(self.scope["headers"]):
             return False
+        if self._handing_on and self._later is None:
+            self._later = self._call_later(HANDING_ON, self._watch_after_all)
+        if self._later is not None:
+            return False
         self._read_on()
         return True
+
+    def _watch_after_all(self) -> None:
+        self._handing_on, self._later = False, None
+        self._watch_again()
+
+    def _call_later(self, seconds: float, function: Callable[[], object]) -> Timer | None:
+        return self.ladder.call_later(seconds, function) if self.ladder.cheap_timers else None
 
     def _listens(self) -> bool:
         if self._overheard is None and (overheard := overhear(self.server_receive)) is not None:
@@ -318,6 +332,7 @@ class Channel(Reader):
             self._finishing = self.closing = True
             if self._reading:
                 self._pause_watcher()  # uvicorn would wake it, to say that the response is complete
+        self._handing_on = last or kind == "http.response.start"
         try:
             if self.completed:
                 await self._send_until_left(message)
@@ -333,6 +348,11 @@ class Channel(Reader):
         except BaseException:
             self._finishing = False
             raise
+        finally:
+            self._handing_on = False
+            if self._later is not None:
+                self._later.cancel()
+                self._later = None
         if last:
             self.completed = True
             if self.made is not None:

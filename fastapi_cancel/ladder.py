@@ -107,12 +107,14 @@ class Ladder:  # no `ABC`: CPython does not specialize the making of what has a 
     :ivar reason: what whoever stopped it says about that
     :ivar left: whether the client has left, whatever the cause
     :ivar waits: how often the work has waited
+    :ivar cheap_timers: whether ``call_later`` costs less than a task
     :ivar watch: called when the work waits, until it returns True: the client is watched
     :ivar parting: called when the grace is over, before the cancellation
     """
 
     reason = ""
     left = False
+    cheap_timers = False
     _insist = False
 
     def __init__(self, policy: CancelPolicy, scope: Scope) -> None:

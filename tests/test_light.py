@@ -518,6 +518,67 @@ async def test_the_last_send_may_wait_and_the_client_leave() -> None:
     assert seen == [1, 0, "disconnect"]
 
 
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("message", [START, BODY])
+async def test_a_middleware_that_takes_a_moment_to_hand_something_on_is_not_worth_a_watcher(
+    message: Message, made: bool
+) -> None:
+    """The head, or the end: the work is done."""
+    client = Client()
+    seen: list[int] = []
+    channels: list[Channel] = []
+
+    async def send(handed_on: Message) -> None:
+        if handed_on is message:
+            await asyncio.sleep(0.0001)
+            seen.append(client.readers)
+            await asyncio.sleep(0.0001)
+            seen.append(client.readers)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        channels.append(scope[KEY])
+        assert not made or scope[KEY].ladder
+        await send(START)
+        await send(BODY)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastapi_cancel.channel.HANDING_ON", 60)
+        await client.ask(work, send)
+    assert (seen, channels[0]._later) == ([0, 0], None)
+    assert not [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("message", [START, BODY, BODY | {"more_body": True}])
+async def test_but_one_that_goes_on_is_given_up(message: Message, made: bool) -> None:
+    """Hypercorn's last ``send`` may never return. A piece of a stream is no such thing: it is watched at once."""
+    client = Client()
+    client.leave()
+    seen: list[Any] = []
+
+    async def send(handed_on: Message) -> None:
+        if handed_on is message:
+            await asyncio.sleep(60)
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        assert not made or scope[KEY].ladder
+        if message is not START:
+            await send(START)
+        try:
+            await send(message)
+        finally:
+            await asyncio.sleep(0.001)
+            seen.append(scope[KEY].cause)
+
+    if message.get("more_body"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastapi_cancel.channel.HANDING_ON", 60)
+            await client.ask(work, send)
+    else:
+        await client.ask(work, send)
+    assert seen == ["disconnect"]
+
+
 async def test_who_waits_for_the_body_needs_none() -> None:
     """The work hears by its own read of a client that leaves. It is watched from its next wait on."""
     messages: asyncio.Queue[Message] = asyncio.Queue()

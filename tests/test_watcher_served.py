@@ -26,7 +26,6 @@ def test_who_needs_no_task_on_a_server(running: Start, server: str, middleware: 
     live = running(server, middleware)
     client = live.open("/handler")
     live.wait_for("/stats", started=1)
-    time.sleep(0.05)  # the watcher starts some milliseconds later
     live.wait_for("/stats", tasks=lambda tasks: any(task.endswith("Channel.watch_on") for task in tasks) is not alone)
     client.abort()
     live.wait_for("/stats", cleaned=1)
@@ -36,7 +35,7 @@ def test_who_needs_no_task_on_a_server(running: Start, server: str, middleware: 
 @pytest.mark.parametrize("middleware", [0, 5])
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn", "daphne", "granian", "granian-rsgi", "gunicorn"])
 def test_a_client_that_leaves_at_once_is_noticed(running: Start, server: str, middleware: int) -> None:
-    """Before its handler begins to wait, while it is not watched yet, or just when it is."""
+    """Before its handler begins to wait, or just when it does."""
     live = running(server, middleware)
     for milliseconds in range(8):
         client = live.open("/handler")
