@@ -518,12 +518,12 @@ async def test_the_last_send_may_wait_and_the_client_leave() -> None:
     assert seen == [1, 0, "disconnect"]
 
 
-@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("limit", [None, 60])
 @pytest.mark.parametrize("message", [START, BODY])
 async def test_a_middleware_that_takes_a_moment_to_hand_something_on_is_not_worth_a_watcher(
-    message: Message, made: bool
+    message: Message, limit: float | None
 ) -> None:
-    """The head, or the end: the work is done."""
+    """The head, or the end: the work is done. With a time limit, there is a ladder."""
     client = Client()
     seen: list[int] = []
     channels: list[Channel] = []
@@ -537,20 +537,19 @@ async def test_a_middleware_that_takes_a_moment_to_hand_something_on_is_not_wort
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
         channels.append(scope[KEY])
-        assert not made or scope[KEY].ladder
         await send(START)
         await send(BODY)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastapi_cancel.channel.HANDING_ON", 60)
-        await client.ask(work, send)
+        await client.ask(work, send, CancelPolicy(timeout=limit))
     assert (seen, channels[0]._later) == ([0, 0], None)
     assert not [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("limit", [None, 60])
 @pytest.mark.parametrize("message", [START, BODY, BODY | {"more_body": True}])
-async def test_but_one_that_goes_on_is_given_up(message: Message, made: bool) -> None:
+async def test_but_one_that_goes_on_is_given_up(message: Message, limit: float | None) -> None:
     """Hypercorn's last ``send`` may never return. A piece of a stream is no such thing: it is watched at once."""
     client = Client()
     client.leave()
@@ -561,7 +560,6 @@ async def test_but_one_that_goes_on_is_given_up(message: Message, made: bool) ->
             await asyncio.sleep(60)
 
     async def work(scope: Scope, receive: Receive, send: Send) -> None:
-        assert not made or scope[KEY].ladder
         if message is not START:
             await send(START)
         try:
@@ -573,10 +571,26 @@ async def test_but_one_that_goes_on_is_given_up(message: Message, made: bool) ->
     if message.get("more_body"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fastapi_cancel.channel.HANDING_ON", 60)
-            await client.ask(work, send)
+            await client.ask(work, send, CancelPolicy(timeout=limit))
     else:
-        await client.ask(work, send)
+        await client.ask(work, send, CancelPolicy(timeout=limit))
     assert seen == ["disconnect"]
+
+
+async def test_a_wait_between_them_is_watched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is out, and the first piece of the body takes its time."""
+    monkeypatch.setattr("fastapi_cancel.channel.HANDING_ON", 60)
+    client = Client()
+    seen: list[int] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(START)
+        await asyncio.sleep(0.0001)
+        seen.append(client.readers)
+        await send(BODY)
+
+    await client.ask(work)
+    assert seen == [1]
 
 
 async def test_who_waits_for_the_body_needs_none() -> None:
