@@ -18,7 +18,7 @@ from weakref import ref
 
 from starlette.types import Scope
 
-from ._stepper import Reader, only_waits
+from ._stepper import Reader, is_queues, only_waits
 from .exceptions import RequestCancelled
 from .ladder import DUE, FORCE, RUNNING, Ladder
 from .policy import CancelPolicy
@@ -69,6 +69,9 @@ Watcher = asyncio.Task[None] | Reader
 
 def start(reader: Reader) -> Watcher:
     """Have the client watched for this reader."""
+    if is_queues(reader.server_receive):
+        reader.step_queue()
+        return reader
     if only_waits(reader.server_receive):
         reader.step()
         return reader

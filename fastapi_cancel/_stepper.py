@@ -3,7 +3,8 @@
 A task is there for what a ``receive`` may do: enter a timeout or a cancel scope, which bind to the task that
 they are entered in, or set a context variable. That of some servers only waits for a future. Where it reaches
 the channel as the server gave it, whoever reads it is stepped by the callbacks of these futures, in no task at
-all, and closed where it waits: 3 µs less a request, and a task less that an idle stream keeps.
+all, and closed where it waits: 3 µs less a request, and a task less that an idle stream keeps. Where it is the ``get``
+of a queue, not even that is called: the reader waits at the queue itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _READ = frozenset(
     }
 )
 
-_plain: set[Any] = {asyncio.Queue.get}  # Hypercorn's and Daphne's
+_get: Any = asyncio.Queue.get  # Hypercorn's and Daphne's
+_has_getters = hasattr(asyncio.Queue, "_wakeup_next")
+_plain: set[Any] = {_get}
 _uvicorns: set[Any] = set()
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -45,6 +48,12 @@ def only_waits(receive: Receive) -> bool:
         return False
     method: Any = receive
     return method.__func__ in _plain or is_uvicorns(receive)
+
+
+def is_queues(receive: Receive) -> bool:
+    """Whether this is the ``get`` of a queue, of whose waiters we know as much as is needed."""
+    method: Any = receive
+    return type(receive) is MethodType and method.__func__ is _get and _has_getters
 
 
 def is_uvicorns(receive: Receive) -> bool:
@@ -114,10 +123,43 @@ class Reader:
         self._coming = self._future = None
         self.rests()
 
+    def step_queue(self, future: object = None) -> None:
+        """As ``step``, where ``receive`` is the ``get`` of a queue: without a coroutine to make and to close.
+
+        :param future: the one that was waited for
+        """
+        if future is not self._future:
+            return
+        queue = self._coming = self.server_receive.__self__  # type: ignore[attr-defined]
+        try:
+            while not queue.empty():
+                if not self.takes(queue.get_nowait()):
+                    break
+            else:
+                if getattr(queue, "_is_shutdown", False):  # Python 3.13
+                    queue.get_nowait()  # raises
+                self._future = asyncio.get_running_loop().create_future()
+                queue._getters.append(self._future)
+                self._future.add_done_callback(self.step_queue)
+                return
+        except Exception as exc:
+            self.fails(exc)
+        self._coming = self._future = None
+        self.rests()
+
     def close_reader(self) -> None:
         """Close what is read step by step where it waits. It has ended when this returns."""
-        if self._coming is not None:
-            self._future.remove_done_callback(self.step)
-            self._coming.close()
-            self._coming = self._future = None
-            self.rests()
+        coming, future = self._coming, self._future
+        if coming is None:
+            return
+        if isinstance(coming, asyncio.Queue):
+            future.remove_done_callback(self.step_queue)
+            if not future.done():
+                coming._getters.remove(future)  # type: ignore[attr-defined]
+            elif not coming.empty():
+                coming._wakeup_next(coming._getters)  # type: ignore[attr-defined]
+        else:
+            future.remove_done_callback(self.step)
+            coming.close()
+        self._coming = self._future = None
+        self.rests()

@@ -243,7 +243,8 @@ class Channel(Reader):
 
     def rests(self) -> None:
         self._reading = False
-        self._tell()
+        if self._news is not None:
+            self._tell(self._news)
 
     async def _read(self) -> Message:
         self._reading = True
@@ -259,16 +260,16 @@ class Channel(Reader):
         return message
 
     def _heard(self, message: Message) -> None:
-        self._tell()  # before any signal: see the races above
+        if self._news is not None:
+            self._tell(self._news)  # before any signal: see the races above
         if message["type"] == "http.disconnect":
             self._end()
         elif not message.get("more_body", False):
             self._body_complete = True
 
-    def _tell(self) -> None:
-        if self._news is not None:
-            self._news.set()
-            self._news = None
+    def _tell(self, news: anyio.Event) -> None:
+        news.set()
+        self._news = None
 
     def _end(self) -> None:
         self._ended = True

@@ -338,6 +338,107 @@ async def test_any_other_error_is_for_whoever_reads(at_once: bool) -> None:
     assert seen == ["told"]
 
 
+class Shut(asyncio.Queue[Message]):
+    """A queue of Python 3.13 after its ``shutdown``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_shutdown = True
+
+    def get_nowait(self) -> Message:
+        raise ZeroDivisionError
+
+
+async def test_a_queue_that_is_shut_down_says_so_to_whoever_reads() -> None:
+    queue = Shut()
+    seen: list[str] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        seen.append(f"{len(queue._getters)} wait")  # type: ignore[attr-defined]
+        try:
+            await receive()
+        except ZeroDivisionError:
+            seen.append("told")
+
+    async with asyncio.timeout(2):
+        await serve(work, queue.get)
+    assert seen == ["0 wait", "told"]
+
+
+async def test_a_reader_that_is_closed_when_it_was_woken_wakes_the_next() -> None:
+    """As `get` does: the message is still there, and the queue has woken one for it."""
+    queue: asyncio.Queue[Message] = asyncio.Queue()
+    other: list[asyncio.Task[Message]] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        other.append(asyncio.create_task(queue.get()))
+        await asyncio.sleep(0.001)
+        queue.put_nowait(LEFT)
+
+    await serve(work, queue.get)
+    async with asyncio.timeout(2):
+        assert await other[0] == LEFT
+
+
+async def test_but_not_for_a_message_that_somebody_has_taken() -> None:
+    queue: asyncio.Queue[Message] = asyncio.Queue()
+    other: list[asyncio.Task[Message]] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        other.append(asyncio.create_task(queue.get()))
+        await asyncio.sleep(0.001)
+        queue.put_nowait(LEFT)
+        assert queue.get_nowait() == LEFT
+
+    await serve(work, queue.get)
+    await asyncio.sleep(0)
+    assert len(queue._getters) == 1  # type: ignore[attr-defined]
+    other[0].cancel()
+
+
+async def test_a_reader_whose_message_somebody_has_taken_waits_on() -> None:
+    queue: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+        queue.put_nowait({"type": "http.request", "body": b""})
+        queue.get_nowait()
+        await asyncio.sleep(0.001)
+        queue.put_nowait(LEFT)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append(scope[KEY].cause)
+
+    async with asyncio.timeout(2):
+        await serve(work, queue.get)
+    assert seen == ["disconnect"]
+
+
+async def test_a_queue_of_another_kind_is_read_as_any_receive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later Python's, whose waiters are not where they were."""
+    monkeypatch.setattr(_stepper, "_has_getters", False)
+    monkeypatch.setattr(_stepper.Reader, "step_queue", None)
+    queue: asyncio.Queue[Message] = asyncio.Queue()
+    seen: list[Any] = []
+    before = tasks()
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        asyncio.get_running_loop().call_later(0.005, lambda: seen.append(tasks() - before))
+        asyncio.get_running_loop().call_later(0.01, queue.put_nowait, LEFT)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append(scope[KEY].cause)
+
+    await serve(work, queue.get)
+    assert seen == [0, "disconnect"]
+
+
 class Wakened:
     """A server whose `receive` only waits; a message that comes to a reader who is closed in that very turn is lost."""
 
