@@ -473,6 +473,24 @@ async def test_one_that_begins_anew_in_the_turn_that_woke_the_last_waits_for_its
     assert seen == [2, 1]
 
 
+async def test_a_wait_of_the_server_s_that_is_cancelled_ends_the_reader_alone() -> None:
+    """Nobody has cancelled the work. It is asked again when the work asks."""
+    server = Wakened()
+    seen: list[Any] = []
+
+    async def work(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.0001)
+        server.futures[-1].cancel()
+        await asyncio.sleep(0.001)
+        seen.extend([len(server.futures), scope[KEY].cause])
+        asyncio.get_running_loop().call_soon(lambda: server.futures[-1].set_result(LEFT))
+        seen.append((await receive())["type"])
+
+    async with asyncio.timeout(2):
+        await serve(work, server.receive)
+    assert seen == [1, None, "http.disconnect"]
+
+
 def of_uvicorn(function: Callable[..., Any]) -> Receive:
     """A `receive` of a server that may be uvicorn's, as far as its name goes."""
     named = FunctionType(function.__code__, function.__globals__ | {"__name__": "uvicorn.protocols.http.h11_impl"})
